@@ -1,0 +1,239 @@
+"""One `.safetensors` file that rebuilds its network: tensors plus, in the header, the recipe.
+
+The header's `timm_lean` entry is JSON: format version, architecture, model arguments, structural steps, and timm's
+pretrained_cfg (input size, normalization, class names). Nothing is pickled and no code is stored; loading builds the
+network from timm's registry and loads the tensors strictly.
+"""
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import parse_model_name, save_for_hf
+from timm.models._hub import filter_pretrained_cfg
+
+from .errors import CheckpointError, LeanError
+from .fileio import atomic_dir, atomic_file
+from .recipe import LEAN_ENTRY, Recipe, build, recipe_of
+
+__all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model', 'set_head']
+
+FORMAT_VERSION = 1
+_KEY = 'timm_lean'
+# A named network has a few modules per tensor; a file that asks for many more is not one we wrote.
+_MODULES_PER_TENSOR = 20
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Write a model to one self-describing `.safetensors` file, atomically.
+
+    Args:
+        model: A model made by `timm.create_model` (any timm model), possibly restructured by this package.
+        path: The file to write.
+
+    Raises:
+        CheckpointError: The model cannot be rebuilt from its name and arguments, so the file would not load.
+    """
+    try:
+        recipe = recipe_of(model)
+    except LeanError as e:
+        raise CheckpointError(str(e)) from e
+    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    _check_shapes(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
+    cfg = filter_pretrained_cfg(
+        {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
+        remove_source=True, remove_null=True)
+    header = {
+        'format': FORMAT_VERSION,
+        'architecture': recipe.architecture,
+        'model_args': recipe.model_args,
+        'steps': recipe.steps,
+        'pretrained_cfg': {**cfg, 'num_classes': getattr(model, 'num_classes', None)},
+    }
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={'format': 'pt', _KEY: json.dumps(header)})
+
+
+def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:
+    """Load a file written by `save_model` into a newly built network.
+
+    Args:
+        path: The file.
+        num_classes: Give the model a newly initialized classifier for this many classes.
+
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, foreign, or does not hold the network it describes.
+    """
+    header = read_header(path)
+    recipe = Recipe(header['architecture'], header['model_args'], header['steps'])
+    try:
+        with safe_open(path, framework='pt') as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+            _check_shapes(recipe, shapes, str(path))
+            model = build(recipe)
+            incompatible = model.load_state_dict({k: f.get_tensor(k) for k in shapes}, strict=False)
+    except CheckpointError:
+        raise
+    except (LeanError, SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(f'{path} cannot be loaded: {e}') from e
+    if incompatible.missing_keys or incompatible.unexpected_keys:
+        raise CheckpointError(f'{path} does not hold the network it describes: {incompatible}')
+    _set_pretrained_cfg(model, header['pretrained_cfg'])
+    if num_classes is not None:
+        set_head(model, num_classes)
+    return model.eval()
+
+
+def load_any(source: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
+    """Create a model from a timm name, a checkpoint file, or `local-dir:DIR` with its weights.
+
+    Args:
+        source: What to load.
+        num_classes: Number of classes; a checkpoint's classifier is replaced if it has another number.
+        **kwargs: Model arguments for a timm name.
+
+    Raises:
+        LeanError: There is no such model, or it cannot be loaded.
+    """
+    path = Path(source)
+    if path.suffix == '.safetensors' or path.is_file():
+        if kwargs:
+            raise LeanError(f'Model arguments {kwargs} cannot be given for the checkpoint {source}: '
+                            'its structure is fixed.')
+        return load_model(path, num_classes=num_classes)
+    try:
+        kind, name = parse_model_name(source)
+    except ValueError as e:
+        raise LeanError(str(e)) from e
+    if kind == 'hf-hub':
+        raise LeanError(f'{source}: models are not downloaded. Give a timm name, a file or local-dir:DIR.')
+    if kind == 'local-dir':
+        try:
+            model = timm.create_model(source, pretrained=True, **kwargs)
+        except Exception as e:  # timm reads configs and weights here without checks of its own
+            raise CheckpointError(f'{source} cannot be loaded: {type(e).__name__}: {e}') from e
+        if num_classes is not None:
+            set_head(model, num_classes)
+        return model.eval()
+    if not timm.is_model(name.split('.')[0]):
+        near = ', '.join(timm.list_models(f'*{name.split("_")[0]}*')[:5])
+        raise LeanError(f'Unknown model {source!r}: not a timm name and not a file.'
+                        + (f' Did you mean one of {near} ...?' if near else '') + ' See `timm-lean models`.')
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    return build(Recipe(name, kwargs))
+
+
+def set_head(model: nn.Module, num_classes: int) -> None:
+    """Replace the classifier by a new one for `num_classes` classes, unless it already has that many."""
+    if getattr(model, 'num_classes', None) != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        _set_pretrained_cfg(model, dict(num_classes=num_classes, label_names=None, label_descriptions=None))
+
+
+def save_hf_dir(model: nn.Module, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`, which `timm.create_model('local-dir:DIR', pretrained=True)` loads.
+
+    Restructured models are written under the name `lean`, so their users need `import timm_lean` first; so do users of
+    this package's own names. Tensors are always plain.
+    """
+    recipe = recipe_of(model)
+    name, args = recipe.create_args()
+    extra = {k: v for k, v in args.items() if k in ('base', 'recipe')}
+    cfg = {'architecture': name}
+    with atomic_dir(directory) as temporary:
+        save_for_hf(model, str(temporary), model_config={'pretrained_cfg': cfg}, model_args=extra, safe_serialization=True)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The `timm_lean` entry of a checkpoint, checked.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or was not written by `save_model`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path} is not a file.')
+    try:
+        with safe_open(path, framework='pt') as f:
+            metadata = f.metadata() or {}
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
+        raise CheckpointError(f'{path} is not a whole safetensors file: {e}') from e
+    if _KEY not in metadata:
+        raise CheckpointError(
+            f'{path} is a safetensors file without a timm-lean header, so its architecture is not known. Load it by '
+            f'timm.create_model(NAME, checkpoint_path={str(path)!r}), then save it by timm_lean.save_model.')
+    try:
+        header = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f'{path} has a damaged timm-lean header: {e}') from e
+    expected = {'architecture': str, 'model_args': dict, 'steps': list, 'pretrained_cfg': dict}
+    if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
+        version = header.get('format') if isinstance(header, dict) else header
+        raise CheckpointError(f'{path} has timm-lean format {version!r}; this version reads {FORMAT_VERSION}. '
+                              'Update timm-lean if the file is newer.')
+    for key, kind in expected.items():
+        if not isinstance(header.get(key), kind):
+            raise CheckpointError(f'{path} has a damaged timm-lean header: {key!r} should be a {kind.__name__}, '
+                                  f'got {str(header.get(key))[:100]!r}.')
+    if header['architecture'] == LEAN_ENTRY or any(k in header['model_args'] for k in ('base', 'recipe')):
+        raise CheckpointError(f'{path} has a damaged timm-lean header: steps belong in "steps".')
+    return header
+
+
+def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:
+    cfg = {**model.pretrained_cfg, **cfg}  # type: ignore[dict-item]
+    model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
+        k: tuple(v) if isinstance(v, list) and k != 'label_names' else v for k, v in cfg.items()}
+
+
+def _check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]], what: str) -> None:
+    """Raise a CheckpointError unless the recipe gives exactly these tensors; nothing is allocated for the check."""
+    try:
+        with _module_budget(1000 + _MODULES_PER_TENSOR * len(shapes)), torch.device('meta'):
+            expected = {k: tuple(v.shape) for k, v in build(recipe).state_dict().items()}
+    except CheckpointError:
+        raise
+    except LeanError as e:
+        raise CheckpointError(f'{what} cannot be rebuilt: {e}') from e
+    if expected == shapes:
+        return
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    wrong = sorted(k for k in expected.keys() & shapes.keys() if expected[k] != shapes[k])
+    found = '; '.join(
+        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+        for label, keys in (
+            ('missing', missing), ('unexpected', extra),
+            ('other shape', [f'{k} {list(shapes[k])} instead of {list(expected[k])}' for k in wrong]),
+        ) if keys)
+    raise CheckpointError(
+        f'{what} does not fit {recipe.architecture!r} with {recipe.model_args} and {len(recipe.steps)} steps: {found}.')
+
+
+@contextmanager
+def _module_budget(limit: int) -> Iterator[None]:
+    """Stop the construction of a network that has more modules than a file of this many tensors can explain."""
+    count = 0
+
+    def hook(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError(f'The header asks for a network of more than {limit} modules; the file is damaged.')
+
+    handle = nn.modules.module.register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+

@@ -1,0 +1,151 @@
+"""Forms of a trained model for use: folding shared bases into dense convolutions."""
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+
+from .errors import LeanError
+from .layers.shared_basis import SharedBasisConv2d, bn_scale_shift
+from .recipe import record_step, register_step
+
+__all__ = ['FoldReport', 'fold']
+
+
+@dataclass
+class FoldReport:
+    """What `fold` did.
+
+    Attributes:
+        folded: Chains that became one dense convolution.
+        batchnorms: Batch normalizations behind those that went into the convolution too.
+        left: Names of shared layers that could not be folded.
+        params_before: Parameters of the model, shared ones counted once.
+        params_after: Parameters of the folded model.
+    """
+    folded: int = 0
+    batchnorms: int = 0
+    left: tuple[str, ...] = ()
+    params_before: int = 0
+    params_after: int = 0
+
+    def __str__(self) -> str:
+        text = (f'folded {self.folded} shared convolutions and {self.batchnorms} batch norms into dense convolutions; '
+                f'parameters {self.params_before:,} -> {self.params_after:,}: a folded file has dense size')
+        return text + (f'; left as they are: {", ".join(self.left)}' if self.left else '')
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Turn every chain filters -> BN -> coefficients (-> BN) into one dense convolution with bias.
+
+    The result computes the same function in eval mode (up to rounding) at the speed of the dense network; sharing, and
+    with it the small file, is gone. `features_only` models fold too. What was done is in `.fold_report`.
+
+    Args:
+        model: A model in eval mode.
+
+    Returns:
+        A new model in eval mode; the given one is unchanged.
+
+    Raises:
+        LeanError: The model is in training mode, where BN is not linear, or has nothing to fold.
+    """
+    if model.training:
+        raise LeanError('fold() needs the model in eval mode: in training mode batch norm is not linear. '
+                        'Call model.eval() first.')
+    report = FoldReport(params_before=_count(model))
+    new = deepcopy(model)
+    left = []
+    for prefix, parent in list(new.named_modules()):
+        layers = {n: m for n, m in parent.named_children() if isinstance(m, SharedBasisConv2d)}
+        if not layers:
+            continue
+        followers = _single_followers(parent)
+        for name, layer in layers.items():
+            if not _is_linear(layer):
+                left.append(f'{prefix}.{name}')
+                continue
+            conv = _to_dense(layer)
+            setattr(parent, name, conv)
+            report.folded += 1
+            report.batchnorms += _absorb_batchnorm(parent, conv, followers.get(name))
+    if not report.folded:
+        raise LeanError('fold() found no shared convolution to fold in this model.')
+    report.left = tuple(left)
+    report.params_after = _count(new)
+    new.fold_report = report  # type: ignore[assignment]
+    record_step(new, 'fold')
+    return new
+
+
+register_step('fold')(fold)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _is_linear(layer: SharedBasisConv2d) -> bool:
+    return isinstance(layer.bn, nn.Identity) or _is_plain_bn(layer.bn)
+
+
+def _is_plain_bn(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d and module.track_running_stats
+
+
+def _to_dense(layer: SharedBasisConv2d) -> nn.Conv2d:
+    weight, bias, groups = layer.dense_weight_bias()
+    conv = nn.Conv2d(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, groups=groups,
+        bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    conv.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        conv.bias = nn.Parameter(bias)
+    return conv.eval()
+
+
+class _ChildTracer(torch.fx.Tracer):
+    """Traces one module's own forward; all its children are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _single_followers(parent: nn.Module) -> dict[str, str]:
+    """For each child whose output goes to exactly one other child (called once), that child's name."""
+    try:
+        nodes = list(_ChildTracer().trace(parent).nodes)
+    except Exception:  # forward depends on values: nothing is known about the order, so nothing is absorbed
+        return {}
+    calls = [node.target for node in nodes if node.op == 'call_module']
+    return {
+        str(node.target): str(user.target)
+        for node in nodes if node.op == 'call_module' and len(node.users) == 1
+        for user in node.users
+        if user.op == 'call_module' and calls.count(user.target) == 1 and calls.count(node.target) == 1
+    }
+
+
+def _absorb_batchnorm(parent: nn.Module, conv: nn.Conv2d, follower: str | None) -> bool:
+    """Scale a convolution by the BN behind it and take the BN out; False if there is none to absorb."""
+    if follower is None:
+        return False
+    owner, name = parent, follower
+    module = parent.get_submodule(follower)
+    if isinstance(module, nn.Sequential) and len(module):
+        owner, name, module = module, '0', module[0]
+    if _is_plain_bn(module):
+        rest: nn.Module = nn.Identity()
+    elif isinstance(module, BatchNormAct2d) and module.track_running_stats and isinstance(module.drop, nn.Identity):
+        rest = module.act
+    else:
+        return False
+    with torch.no_grad():
+        scale, shift = bn_scale_shift(module)
+        conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+        bias = shift if conv.bias is None else conv.bias.double() * scale + shift
+        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
+    setattr(owner, name, rest)
+    return True

@@ -1,0 +1,121 @@
+"""What a network is: a timm name, its arguments, and the structural steps taken since.
+
+A recipe is plain JSON data. It is what checkpoints store beside the tensors, and all that is needed to build the same
+network again without pickling code. Every technique that changes a network's structure registers its step here.
+"""
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch.nn as nn
+from timm.models import get_model_args
+
+from .errors import LeanError
+
+__all__ = ['LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'recipe_of', 'record_step', 'register_step']
+
+LEAN_ENTRY = 'lean'  # the timm name under which restructured networks are rebuilt, see models/lean.py
+
+Step = dict[str, Any]
+_STEPS: dict[str, Callable[..., nn.Module]] = {}
+
+
+@dataclass
+class Recipe:
+    """How to build a network.
+
+    Args:
+        architecture: A timm model name.
+        model_args: Arguments for `timm.create_model`.
+        steps: Structural steps in order, each `{'op': name, **arguments}`.
+    """
+    architecture: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def create_args(self) -> tuple[str, dict[str, Any]]:
+        """Name and arguments for `timm.create_model`; restructured networks go through the `lean` entry."""
+        if not self.steps:
+            return self.architecture, self.model_args
+        return LEAN_ENTRY, {**self.model_args, 'base': self.architecture, 'recipe': self.steps}
+
+
+def register_step(op: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Decorator: make a function `(model, **arguments) -> model` available as the structural step `op`.
+
+    The function is applied to a network in eval mode whose values do not matter; it must bring about the structure.
+    """
+    def register(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        _STEPS[op] = function
+        return function
+    return register
+
+
+def record_step(model: nn.Module, op: str, **arguments: Any) -> None:
+    """Note on a model that a structural step was taken."""
+    model.lean_steps = [*getattr(model, 'lean_steps', []), {'op': op, **arguments}]  # type: ignore[assignment]
+
+
+def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
+    """Take structural steps on a freshly built network.
+
+    Raises:
+        LeanError: A step is malformed or unknown.
+    """
+    for step in steps:
+        if not isinstance(step, dict) or not isinstance(step.get('op'), str):
+            raise LeanError(f'A recipe step must be an object with an "op", got {step!r}.')
+        if step['op'] not in _STEPS:
+            raise LeanError(f'Unknown recipe step {step["op"]!r}. This version knows: {", ".join(sorted(_STEPS))}.')
+        arguments = {k: v for k, v in step.items() if k != 'op'}
+        try:
+            model = _STEPS[step['op']](model.eval(), **arguments)
+        except TypeError as e:
+            raise LeanError(f'Recipe step {step["op"]!r} does not take these arguments: {e}.') from e
+    return model.train()
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe of a model that was created by timm.
+
+    Raises:
+        LeanError: The model does not know its name or has arguments that are not plain data.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    architecture = cfg.get('architecture')
+    if not architecture:
+        raise LeanError(f'{type(model).__name__} has no timm name. Create it by timm.create_model.')
+    args = get_model_args(model)
+    if args.pop('features_only', False):
+        raise LeanError('A features_only model cannot be saved by name. Save the classification model it comes from.')
+    if architecture == LEAN_ENTRY:
+        architecture = args.pop('base')
+        args.pop('recipe', None)  # its steps are on the model
+    args = {k: v for k, v in args.items() if k not in ('pretrained_cfg', 'cache_dir')}
+    try:
+        args = json.loads(json.dumps(args))
+    except (TypeError, ValueError) as e:
+        raise LeanError(f'The arguments {args!r} of {architecture} are not plain data ({e}), so the model cannot be '
+                        'saved by name.') from e
+    return Recipe(architecture, args, list(getattr(model, 'lean_steps', [])))
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """Build the network a recipe describes, newly initialized.
+
+    Raises:
+        LeanError: The name is unknown or timm refuses the arguments.
+    """
+    name, args = recipe.create_args()
+    if not timm.is_model(recipe.architecture):
+        raise LeanError(f'Unknown architecture {recipe.architecture!r}. See `timm-lean models` and timm.list_models().')
+    try:
+        return timm.create_model(name, **args)
+    except LeanError:
+        raise
+    except Exception as e:
+        # timm's entry points raise whatever their constructors do; for the caller all of it is a bad recipe
+        raise LeanError(f'timm cannot create {recipe.architecture!r} with {recipe.model_args!r}: '
+                        f'{type(e).__name__}: {e}') from e
