@@ -1,9 +1,147 @@
-"""The `timm-lean` console script."""
+"""The `timm-lean` console script: arguments only.
+
+`timm_lean` (and with it torch) is imported when a command runs, so help and usage errors answer at once.
+"""
+import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+SUPPRESS = argparse.SUPPRESS
 
 
-def main() -> int:
-    return 0
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run` to 'module:function' in timm_lean."""
+    parser = _Parser(prog='timm-lean', description='Smaller convolutional networks for timm and MMDetection.')
+    parser.add_argument('--version', action='store_true', help='print the version')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', parser_class=_Parser)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument('--debug', action='store_true', help='show the traceback of an error')
+        return sub
+
+    models = command('models', 'list model names with parameters and MACs')
+    models.add_argument('filter', nargs='?', default='', help='part of a name, or a pattern with *')
+    models.add_argument('--json', action='store_true')
+
+    info = command('info', 'parameters, MACs, file size and speed of a model')
+    info.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
+    info.add_argument('--vs', action='append', default=[], metavar='MODEL', help='compare with this one (repeatable)')
+    info.add_argument('--img-size', type=int)
+    info.add_argument('--latency', action='store_true', help='measure ms and peak memory on this device')
+    info.add_argument('--device', default='auto')
+    info.add_argument('--json', action='store_true')
+
+    _add_train(command('train', 'train a classification model'))
+
+    validate = command('validate', 'accuracy of a model on a dataset')
+    validate.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
+    _add_eval_data(validate)
+    validate.add_argument('--batch-size', type=int, default=128)
+    validate.add_argument('--workers', type=int, default=2)
+    validate.add_argument('--amp', choices=['bf16', 'fp16'], default='')
+    validate.add_argument('--json', action='store_true')
+
+    predict = command('predict', 'classes of images')
+    predict.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
+    predict.add_argument('images', nargs='+', metavar='IMAGE')
+    predict.add_argument('--top', type=int, default=5, help='classes shown (default 5)')
+    predict.add_argument('--device', default='auto')
+    predict.add_argument('--json', action='store_true')
+
+    export = command('export', 'write a checkpoint in another form')
+    export.add_argument('model', help='checkpoint file or timm name')
+    export.add_argument('--fold', action='store_true', help='fold shared bases into dense convolutions first')
+    export.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
+    export.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
+
+    demo = command('demo', 'train, compare, export and reload on the embedded digits')
+    demo.add_argument('--output', default='output/demo', help='folder for the results (default output/demo)')
+    demo.add_argument('--epochs', type=int, default=8)
+    return parser
+
+
+def _add_train(p: argparse.ArgumentParser) -> None:
+    """Flags of `TrainConfig`; only those given override the config file and the defaults."""
+    p.argument_default = SUPPRESS
+
+    def flag(name: str, help: str = '', **kwargs: Any) -> None:
+        p.add_argument(name, default=SUPPRESS, help=help, **kwargs)
+
+    def switch(name: str, help: str) -> None:
+        p.add_argument(name, default=SUPPRESS, help=help, action=argparse.BooleanOptionalAction)
+
+    p.add_argument('--config', help='YAML file, or the name of a shipped recipe')
+    flag('--model', 'timm name, checkpoint file or local-dir:DIR')
+    flag('--model-args', 'arguments of the timm name, e.g. shared_rank=24 dual=true', nargs='+', metavar='KEY=VALUE')
+    flag('--num-classes', "number of classes (default: the data's)", type=int)
+    flag('--data', "'digits' (embedded, default) or 'folder'", choices=['digits', 'folder'])
+    flag('--data-dir', 'folder with train/ and val/ or test/, each with one folder per class', metavar='DIR')
+    flag('--train-images', 'use only so many training images', type=int, metavar='N')
+    flag('--img-size', "image size (default: the model's)", type=int)
+    switch('--cache', 'decode all images once and keep them on the device')
+    flag('--workers', 'data loading processes (default 2)', type=int)
+    flag('--epochs', 'default 100', type=int)
+    flag('--batch-size', 'per process (default 128)', type=int)
+    flag('--grad-accum', 'steps per update (default 1)', type=int)
+    flag('--opt', 'timm optimizer (default sgd)')
+    flag('--lr', 'learning rate (default 0.1)', type=float)
+    flag('--momentum', 'default 0.9', type=float)
+    flag('--weight-decay', 'default 5e-4', type=float)
+    switch('--decay-all', 'weight decay on biases and norms too')
+    flag('--sched', 'learning rate schedule (default cosine)', choices=['cosine', 'multistep', 'poly', 'constant'])
+    flag('--milestones', 'epochs at which multistep decays', type=int, nargs='+', metavar='EPOCH')
+    flag('--decay-rate', 'default 0.1', type=float)
+    flag('--warmup-epochs', 'default 0', type=int)
+    flag('--min-lr', 'default 0', type=float)
+    flag('--reg', 'regularizer, e.g. basis_ortho=10 (repeatable)', action='append', metavar='NAME=WEIGHT')
+    flag('--smoothing', 'label smoothing', type=float)
+    flag('--mixup', 'mixup alpha', type=float)
+    flag('--cutmix', 'cutmix alpha', type=float)
+    flag('--aug', "'crop' (default), 'rrc' or 'none'", choices=['crop', 'rrc', 'none'])
+    flag('--hflip', 'probability of a flip (default 0.5, digits 0)', type=float)
+    flag('--auto-augment', 'timm policy, e.g. rand-m9-mstd0.5')
+    flag('--re-prob', 'random erasing', type=float)
+    flag('--amp', 'mixed precision', choices=['bf16', 'fp16'])
+    switch('--ema', 'evaluate an exponential moving average of the weights')
+    flag('--ema-decay', 'default 0.9998', type=float)
+    flag('--clip-grad', 'gradient norm', type=float)
+    switch('--compile', 'torch.compile the model')
+    switch('--channels-last', 'memory format')
+    flag('--device', 'default auto')
+    flag('--seed', 'default 0', type=int)
+    flag('--output', 'folder of the run (default output/MODEL)', metavar='DIR')
+    flag('--resume', 'continue the run in --output', action='store_true')
+
+
+def _add_eval_data(p: argparse.ArgumentParser) -> None:
+    p.add_argument('--data', choices=['digits', 'folder'], default='')
+    p.add_argument('--data-dir', metavar='DIR', help='folder with val/ or test/, or of class folders')
+    p.add_argument('--img-size', type=int)
+    p.add_argument('--device', default='auto')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 1 failed, 2 bad input)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+        print(version('timm-lean'))
+        return 0
+    if not args.command:
+        parser.print_help()
+        return 2
+    from timm_lean import cli
+    return cli.run(args)
 
 
 if __name__ == '__main__':

@@ -151,7 +151,8 @@ def save_hf_dir(model: nn.Module, directory: str | Path) -> None:
     extra = {k: v for k, v in args.items() if k in ('base', 'recipe')}
     cfg = {'architecture': name}
     with atomic_dir(directory) as temporary:
-        save_for_hf(model, str(temporary), model_config={'pretrained_cfg': cfg}, model_args=extra, safe_serialization=True)
+        save_for_hf(
+            model, str(temporary), model_config={'pretrained_cfg': cfg}, model_args=extra, safe_serialization=True)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

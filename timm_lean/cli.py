@@ -1,0 +1,152 @@
+"""What the commands of `timm-lean` do. Their arguments are in `timm_lean_cli`."""
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .errors import LeanError
+
+__all__ = ['run']
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a parsed command. A LeanError becomes one line and exit code 2."""
+    try:
+        return COMMANDS[args.command](args) or 0
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except LeanError as e:
+        if args.debug:
+            traceback.print_exc()
+        # an error raised in a data loading process carries that process's traceback in its text
+        message = str(e).rsplit('LeanError: ', 1)[-1].strip()
+        print(f'timm-lean {args.command}: {message}', file=sys.stderr)
+        return 2
+
+
+def _models(args: argparse.Namespace) -> None:
+    from .models import model_names
+    from .report import human_count, model_reports, to_json
+    names = [n for n in model_names() if n != 'lean']
+    pattern = args.filter if '*' in args.filter else f'*{args.filter}*'
+    chosen = [n for n in names if fnmatch(n, pattern)]
+    if not chosen:
+        raise LeanError(f'No model name matches {args.filter!r}. Names: {", ".join(names)}.')
+    reports = model_reports(chosen)
+    if args.json:
+        print(to_json(reports))
+        return
+    width = max(map(len, chosen))
+    for r in reports:
+        print(f'{r.name:{width}}  {r.params:>11,} params  {human_count(r.macs):>9} MACs @{r.img_size}')
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .report import format_table, model_reports, to_json
+    from .training.device import resolve_device
+    device = resolve_device(args.device)
+    if args.img_size is not None and args.img_size < 1:
+        raise LeanError(f'--img-size must be at least 1, got {args.img_size}.')
+    reports = model_reports([args.model, *args.vs], args.img_size, args.latency, device)
+    print(to_json(reports) if args.json else format_table(reports))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training import TrainConfig, train
+    from .training.config import load_yaml
+    settings = {k: v for k, v in vars(args).items() if k not in ('command', 'debug', 'version', 'config')}
+    if 'model_args' in settings:
+        settings['model_args'] = dict(map(_key_value, settings['model_args']))
+    if getattr(args, 'config', None):
+        settings = {**load_yaml(args.config), **settings}
+    result = train(TrainConfig.from_args(settings))
+    print(f'best top-1 {result["best_top1"]:.2f} % in epoch {result["best_epoch"]}; '
+          f'{result["output"]}/best.safetensors, last.safetensors, summary.csv, curves.png')
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, sep, value = text.partition('=')
+    if not sep or not key:
+        raise LeanError(f'--model-args takes KEY=VALUE, got {text!r}.')
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from timm.data import resolve_data_config
+
+    from .checkpoint import load_any
+    from .training.data import class_names, create_eval_loader, open_dataset
+    from .training.device import resolve_device
+    from .training.evaluate import evaluate
+    device = resolve_device(args.device)
+    model: Any = load_any(args.model).to(device)
+    config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
+    data = args.data or ('folder' if args.data_dir else 'digits')
+    dataset = open_dataset(data, args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    classes, known = class_names(dataset), model.pretrained_cfg.get('label_names')
+    if len(classes) > model.num_classes or (known and classes != list(known)):
+        raise LeanError(f'{args.model} was made for {model.num_classes} classes ({", ".join(known or [])[:80]}), the '
+                        f'data has {len(classes)} ({", ".join(classes)[:80]}).')
+    loader = create_eval_loader(dataset, config, args.batch_size, device, args.workers)
+    metrics = {**evaluate(model, loader, device, args.amp), 'images': len(dataset)}
+    if args.json:
+        print(json.dumps({'model': args.model, **metrics}, indent=2))
+    else:
+        print('top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  {images} images, '
+              '{images_per_second:.0f} images/s'.format(**metrics))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .checkpoint import load_any
+    from .training.device import resolve_device
+    from .training.predict import predict
+    if args.top < 1:
+        raise LeanError(f'--top must be at least 1, got {args.top}.')
+    model = load_any(args.model)
+    results = predict(model, args.images, resolve_device(args.device), args.top)
+    if args.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        print(result['image'] + ': ' + ', '.join(f'{p["class"]} {100 * p["probability"]:.1f} %' for p in result['top']))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .checkpoint import load_any, save_hf_dir, save_model
+    from .export import fold
+    from .report import count_params, human_bytes
+    if not args.hf_dir and not args.output:
+        raise LeanError('Nothing to write: give --hf-dir DIR or -o FILE.')
+    if args.output and Path(args.output).suffix != '.safetensors':
+        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    model = load_any(args.model).eval()
+    if args.fold:
+        model = fold(model)
+        print(model.fold_report)
+    if args.output:
+        save_model(model, args.output)
+        print(f'{args.output}: {human_bytes(Path(args.output).stat().st_size)}, {count_params(model):,} parameters')
+    if args.hf_dir:
+        save_hf_dir(model, args.hf_dir)
+        print(f"{args.hf_dir}: import timm, timm_lean; timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+    demo(Path(args.output), args.epochs)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    'models': _models, 'info': _info, 'train': _train, 'validate': _validate, 'predict': _predict, 'export': _export,
+    'demo': _demo,
+}

@@ -1,0 +1,276 @@
+"""Images for training and evaluation: image folders by timm, scikit-learn's digits, and a cache on the device."""
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+from timm.data.transforms import ToNumpy
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from timm_lean.errors import LeanError
+
+from .config import TrainConfig
+
+__all__ = ['CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'open_dataset']
+
+CROP_PADDING = 4  # pixels, as in the CIFAR recipes
+_TRAIN_DIRS = ('train',)
+_EVAL_DIRS = ('val', 'validation', 'test')
+
+
+class DigitsDataset(Dataset):
+    """scikit-learn's handwritten digits (UCI, 1,797 images of 8 x 8) as PIL images, every fifth one for evaluation."""
+
+    def __init__(self, split: str, img_size: int = 32, mode: str = 'RGB'):
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        chosen = (np.arange(len(digits.target)) % 5 == 0) == (split != 'train')
+        pixels = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        size = (img_size, img_size)
+        self.images = [Image.fromarray(p).resize(size, Image.Resampling.BILINEAR).convert(mode) for p in pixels]
+        self.targets = [int(t) for t in digits.target[chosen]]
+        self.class_to_idx = {str(i): i for i in range(10)}
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return (self.transform(image) if self.transform else image), self.targets[index]
+
+
+class _StrictImageDataset(ImageDataset):
+    """timm's ImageDataset, except that an image that cannot be read is an error instead of another image."""
+
+    def __getitem__(self, index: int) -> Any:
+        path, target = self.reader.samples[index]
+        try:
+            with Image.open(path) as f:
+                image = f.convert(self.input_img_mode)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise LeanError(f'The image {path} cannot be read ({e}). Repair or remove it.') from e
+        return (self.transform(image) if self.transform else image), target
+
+
+def open_dataset(
+        data: str,
+        data_dir: str | None,
+        split: str,
+        in_chans: int = 3,
+        img_size: int = 32,
+        limit: int | None = None,
+) -> Any:
+    """Open a dataset split.
+
+    Args:
+        data: 'digits' or 'folder'.
+        data_dir: For 'folder': the folder that holds train/ and val/ or test/; for evaluation also a folder of classes.
+        split: 'train' or 'eval'.
+        in_chans: 1 for gray, 3 for RGB.
+        img_size: Size the digits are enlarged to.
+        limit: Use only so many images, evenly over the classes.
+
+    Raises:
+        LeanError: A missing or empty folder, or a number of channels images do not have.
+    """
+    modes = {1: 'L', 3: 'RGB'}
+    if in_chans not in modes:
+        raise LeanError(f'The model has in_chans={in_chans}; images give 1 (gray) or 3 (RGB).')
+    if data == 'digits':
+        dataset: Any = DigitsDataset(split, img_size, modes[in_chans])
+        samples = list(enumerate(dataset.targets))
+    else:
+        root = _split_dir(data_dir, split)
+        try:
+            dataset = _StrictImageDataset(root=str(root), reader='folder', input_img_mode=modes[in_chans])
+        except RuntimeError as e:
+            raise LeanError(f'{root} holds no images in class folders. Expected {root}/CLASS/IMAGE.jpg (or .png).'
+                            ) from e
+        dataset.class_to_idx = dataset.reader.class_to_idx
+        samples = [(i, target) for i, (_, target) in enumerate(dataset.reader.samples)]
+    if limit is not None and limit < len(samples):
+        classes, chosen = dataset.class_to_idx, _balanced(samples, limit)
+        if data == 'digits':
+            dataset.images = [dataset.images[i] for i in chosen]
+            dataset.targets = [dataset.targets[i] for i in chosen]
+        else:
+            dataset.reader.samples = [dataset.reader.samples[i] for i in chosen]
+        dataset.class_to_idx = classes
+    return dataset
+
+
+def _split_dir(data_dir: str | None, split: str) -> Path:
+    root = Path(data_dir or '')
+    if not data_dir or not root.is_dir():
+        raise LeanError(f'The data folder {str(data_dir)!r} does not exist. Give --data-dir DIR, a folder with train/ '
+                        'and val/ or test/, each with one folder per class.')
+    names = _TRAIN_DIRS if split == 'train' else _EVAL_DIRS
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    if split == 'eval' and not (root / 'train').is_dir():
+        return root  # a folder of class folders
+    raise LeanError(f'{root} has no {" or ".join(n + "/" for n in names)} folder. Found: '
+                    f'{", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"}.')
+
+
+def _balanced(samples: list[tuple[int, int]], limit: int) -> list[int]:
+    """The first images of each class in turn, in the original order."""
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, target in samples:
+        by_class[target].append(index)
+    rounds = range(max(map(len, by_class.values())))
+    ordered = [indices[r] for r in rounds for _, indices in sorted(by_class.items()) if r < len(indices)]
+    return sorted(ordered[:limit])
+
+
+def class_names(dataset: Any) -> list[str]:
+    """Class names by index."""
+    return [name for name, _ in sorted(dataset.class_to_idx.items(), key=lambda item: item[1])]
+
+
+def create_train_loader(
+        dataset: Any, config: TrainConfig, data_config: dict[str, Any], device: torch.device, rank: int, world: int,
+) -> Any:
+    """The training batches `([B, C, H, W] normalized, [B])` on the device, by timm or from the cache."""
+    if len(dataset) < config.batch_size * world:
+        raise LeanError(f'{len(dataset)} training images do not fill one batch of {config.batch_size} on {world} '
+                        'process(es). Lower --batch-size.')
+    hflip = config.hflip if config.hflip is not None else (0. if config.data == 'digits' else 0.5)
+    if config.cache:
+        padding = CROP_PADDING if config.aug == 'crop' else 0
+        return CachedLoader(
+            dataset, data_config, config.batch_size, device, padding=padding, hflip=hflip, shuffle=True,
+            rank=rank, world=world)
+    loader = create_loader(
+        dataset, data_config['input_size'], config.batch_size, is_training=True, no_aug=config.aug == 'none',
+        hflip=hflip, color_jitter=0., auto_augment=config.auto_augment, re_prob=config.re_prob,
+        interpolation=data_config['interpolation'], mean=data_config['mean'], std=data_config['std'],
+        num_workers=config.workers, distributed=world > 1, device=device, pin_memory=device.type == 'cuda',
+        # fresh workers each epoch take their seeds from the epoch's seed, so an epoch does not depend on earlier ones
+        persistent_workers=False)
+    if config.aug == 'crop':
+        size = data_config['input_size'][-2:]
+        dataset.transform = transforms.Compose([
+            transforms.Resize(size), transforms.RandomCrop(size, padding=CROP_PADDING),
+            transforms.RandomHorizontalFlip(hflip), ToNumpy()])
+    return loader
+
+
+def create_eval_loader(
+        dataset: Any,
+        data_config: dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        workers: int = 2,
+        cache: bool = False,
+        rank: int = 0,
+        world: int = 1,
+) -> Any:
+    """Evaluation batches in order; with several processes each gets its share."""
+    if cache:
+        return CachedLoader(dataset, data_config, batch_size, device, rank=rank, world=world)
+    return create_loader(
+        dataset, data_config['input_size'], batch_size, is_training=False,
+        interpolation=data_config['interpolation'], mean=data_config['mean'], std=data_config['std'],
+        crop_pct=data_config['crop_pct'], num_workers=workers, distributed=world > 1, device=device,
+        pin_memory=device.type == 'cuda', persistent_workers=False)
+
+
+class CachedLoader:
+    """All images of a dataset as one uint8 tensor on the device; crop and flip run there.
+
+    Args:
+        dataset: PIL images and targets.
+        data_config: Input size, mean and std (timm's names).
+        batch_size: Images per batch.
+        device: Where the images are kept.
+        padding: Zero padding for random crops, in pixels; 0 for none.
+        hflip: Probability of a horizontal flip.
+        shuffle: Draw a new order each epoch and drop the last incomplete batch.
+        rank: This process's number.
+        world: Number of processes that share the images.
+
+    Raises:
+        LeanError: The images do not fit in memory.
+    """
+
+    def __init__(
+            self, dataset: Any, data_config: dict[str, Any], batch_size: int, device: torch.device, padding: int = 0,
+            hflip: float = 0., shuffle: bool = False, rank: int = 0, world: int = 1,
+    ):
+        channels, *size = data_config['input_size']
+        needed, free = len(dataset) * channels * math.prod(size), _free_memory(device)
+        if free is not None and needed > 0.8 * free:
+            raise LeanError(f'--cache needs {needed / 2**30:.1f} GiB for {len(dataset)} images; {free / 2**30:.1f} GiB '
+                            f'are free on {device}. Drop --cache or use a smaller --img-size.')
+        dataset.transform = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), ToNumpy()])
+        decoded = [dataset[i] for i in range(len(dataset))]
+        self.images = torch.from_numpy(np.stack([image for image, _ in decoded])).to(device)
+        self.targets = torch.tensor([target for _, target in decoded], device=device)
+        self.mean = torch.tensor(data_config['mean'], device=device).mul(255).view(1, -1, 1, 1)[:, :channels]
+        self.std = torch.tensor(data_config['std'], device=device).mul(255).view(1, -1, 1, 1)[:, :channels]
+        self.batch_size, self.padding, self.hflip, self.shuffle = batch_size, padding, hflip, shuffle
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        share = self._share()
+        return share // self.batch_size if self.shuffle else math.ceil(share / self.batch_size)
+
+    def _share(self) -> int:
+        """Images of this process: equal shares for training, all of them once for evaluation."""
+        count = len(self.images)
+        return count // self.world if self.shuffle else len(range(self.rank, count, self.world))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count = len(self.images)
+        # every process draws the same order, from the CPU generator, so that resuming and sharding agree
+        order = torch.randperm(count) if self.shuffle else torch.arange(count)
+        order = order[self.rank::self.world][:self._share()].to(self.images.device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            index = order[start:start + self.batch_size]
+            x = self.images[index]
+            if self.padding:
+                x = random_crop(x, self.padding)
+            if self.hflip:
+                flip = (torch.rand(len(x)) < self.hflip).to(x.device)
+                x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+            yield (x.float() - self.mean) / self.std, self.targets[index]
+
+
+def random_crop(x: torch.Tensor, padding: int) -> torch.Tensor:
+    """Shift each image `[B, C, H, W]` by up to `padding` pixels in both directions, zeros moving in."""
+    b, c, h, w = x.shape
+    padded = F.pad(x, (padding,) * 4)
+    shift = torch.randint(0, 2 * padding + 1, (2, b, 1)).to(x.device)
+    rows = shift[0] + torch.arange(h, device=x.device)  # [B, H]
+    cols = shift[1] + torch.arange(w, device=x.device)
+    index = torch.arange(b, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[None, :, None, None]
+    return padded[index + (rows[:, None, :, None], cols[:, None, None, :])]  # noqa: RUF005 (no star index in 3.10)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return None
+
+
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seed every generator from the run's seed and the epoch, so that an epoch does not depend on those before it."""
+    mixed = seed * 1_000_003 + epoch * 1009 + rank
+    random.seed(mixed)
+    np.random.seed(mixed % 2 ** 32)
+    torch.manual_seed(mixed)

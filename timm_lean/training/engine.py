@@ -1,0 +1,295 @@
+"""The classification training run, built on timm.task and timm's factories."""
+import contextlib
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import yaml
+from timm.data import Mixup, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
+
+from timm_lean.checkpoint import load_any, save_model, set_head
+from timm_lean.errors import LeanError
+from timm_lean.fileio import atomic_file, writable_dir
+from timm_lean.recipe import recipe_of
+from timm_lean.regularizers import parse_regularizer
+
+from .config import TrainConfig
+from .data import class_names, create_eval_loader, create_train_loader, open_dataset, seed_epoch
+from .device import autocast, check_compiler, start_distributed
+from .evaluate import evaluate
+from .log import RunLog
+from .state import RESUME_FILE, load_state, save_state
+from .task import RegularizedTask
+
+__all__ = ['Trainer', 'train']
+
+_LOG_INTERVAL = 20  # steps between looks at the loss; each look waits for the device
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a model as configured; see `TrainConfig`.
+
+    Returns:
+        `output` (the run's folder), `best_top1`, `best_epoch` and the last epoch's row.
+
+    Raises:
+        LeanError: The configuration cannot be met.
+    """
+    device, rank, world = start_distributed(config.device)
+    try:
+        return Trainer(config, device, rank, world).fit()
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: The settings.
+        device: Where to train.
+        rank: Number of this process.
+        world: Number of processes.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        if config.compile:
+            check_compiler(device)
+        regularizers = [parse_regularizer(spec) for spec in config.reg]
+        seed_epoch(config.seed, 0)
+
+        model = load_any(config.model, num_classes=config.num_classes, **config.model_args)
+        self.data_config = resolve_data_config(
+            {'img_size': config.img_size} if config.img_size else {}, model=model)
+        in_chans, size = self.data_config['input_size'][0], self.data_config['input_size'][-1]
+        datasets = {
+            split: open_dataset(config.data, config.data_dir, split, in_chans, size, limit=limit)
+            for split, limit in (('train', config.train_images), ('eval', None))}
+        classes = class_names(datasets['train'])
+        if class_names(datasets['eval']) != classes:
+            raise LeanError(f'Training and evaluation folders have different classes: {classes[:5]} ... and '
+                            f'{class_names(datasets["eval"])[:5]} ...')
+        if config.num_classes is not None and config.num_classes < len(classes):
+            raise LeanError(f'num_classes={config.num_classes}, but the data has {len(classes)} classes.')
+        set_head(model, config.num_classes or len(classes))
+        _describe(model, self.data_config, classes)
+        for regularizer in regularizers:
+            regularizer.raw(model)  # fails before anything is written if the model has nothing to act on
+
+        self.model = model.to(device).train()
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.recipe = asdict(recipe_of(model))
+        mixing = config.mixup > 0 or config.cutmix > 0
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes,
+        ) if mixing else None
+        self.task = RegularizedTask(
+            self.model, regularizers, device=device, verbose=False,
+            criterion_kwargs=dict(soft_targets=True) if mixing else dict(smoothing=config.smoothing))
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+                filter_bias_and_bn=not config.decay_all)
+        except (ValueError, TypeError) as e:
+            raise LeanError(f'timm cannot create the optimizer {config.opt!r}: {e}') from e
+        if config.ema:
+            self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
+        self.scaler = NativeScaler(device=device.type) if config.amp == 'fp16' else None
+        self.train_loader = create_train_loader(datasets['train'], config, self.data_config, device, rank, world)
+        self.eval_loader = create_eval_loader(
+            datasets['eval'], self.data_config, config.batch_size, device, config.workers, config.cache, rank, world)
+        # stepped by update, not by epoch: a one-epoch warm-up would otherwise train that epoch at almost nothing
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=config.sched, num_epochs=config.epochs, decay_milestones=config.milestones,
+            decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=math.ceil(len(self.train_loader) / config.grad_accum))
+        self.directory = self._open_directory()
+        self.log = RunLog(self.directory, primary=rank == 0)
+        self.start_epoch, self.best, self.updates = 0, {'top1': -1., 'epoch': 0.}, 0
+        if config.resume:
+            self._resume()
+        if config.compile:
+            self.task.compile()
+        if world > 1:
+            self.task.prepare_distributed(device_ids=[device.index] if device.type == 'cuda' else None)
+
+    def fit(self) -> dict[str, Any]:
+        """Train the remaining epochs."""
+        for epoch in range(self.start_epoch, self.config.epochs):
+            row = {'epoch': float(epoch + 1), **self._train_epoch(epoch)}
+            ema = self.task.has_ema()
+            if self.world > 1:
+                distribute_bn(self.model, self.world, reduce=True)
+            eval_model = self.task.get_eval_model(ema=ema)
+            assert eval_model is not None
+            metrics = evaluate(
+                eval_model, self.eval_loader, self.device, self.config.amp, self.world > 1)
+            row.update({f'eval_{name}': metrics[name] for name in ('loss', 'top1', 'top5')})
+            if self.rank == 0:
+                self.log.add(row, self.config.epochs)
+                self._save(epoch, row['eval_top1'], ema)
+            if self.world > 1:
+                dist.barrier()
+        self.log.close()
+        last = self.log.rows[-1] if self.log.rows else {}
+        return {'output': str(self.directory), 'best_top1': self.best['top1'],
+                'best_epoch': int(self.best['epoch']), 'last': last}
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        config, task = self.config, self.task
+        seed_epoch(config.seed, epoch + 1, self.rank if not config.cache else 0)
+        self.scheduler.step_update(self.updates)
+        if self.world > 1 and hasattr(getattr(self.train_loader, 'sampler', None), 'set_epoch'):
+            self.train_loader.sampler.set_epoch(epoch)
+        task.train()
+        start, images, steps = time.perf_counter(), 0, len(self.train_loader)
+        sums: dict[str, torch.Tensor] = {}
+        correct = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        with self.log.bar(steps, epoch, config.epochs) as bar:
+            for step, (x, target) in enumerate(self.train_loader):
+                # the last group of an epoch may be shorter; it is averaged over what it has
+                group_start = step - step % config.grad_accum
+                group = min(config.grad_accum, steps - group_start)
+                update = step + 1 == group_start + group
+                result = self._step(x, target, group, update)
+                for name, value in result.items():
+                    if name != 'output':
+                        sums[name] = sums.get(name, 0) + value.detach()
+                correct += (result['output'].detach().argmax(1) == target).sum()
+                images += len(x)
+                if step % _LOG_INTERVAL == 0 or step + 1 == steps:
+                    self._check_finite(sums['loss'], epoch)
+                    bar.set_postfix({
+                        **{name: f'{value.item() / (step + 1):.4g}' for name, value in sums.items()},
+                        'acc': f'{100 * correct.item() / images:.2f}',
+                        'lr': f'{self.optimizer.param_groups[0]["lr"]:.3g}',
+                        'img/s': f'{images * self.world / (time.perf_counter() - start):.0f}'}, refresh=False)
+                bar.update()
+        seconds = time.perf_counter() - start
+        return {
+            'lr': self.optimizer.param_groups[0]['lr'],
+            **{f'train_{name}': value.item() / steps for name, value in sums.items()},
+            'train_top1': 100 * correct.item() / images,
+            'images_per_second': images * self.world / seconds,
+            'seconds': seconds,
+        }
+
+    def _step(self, x: torch.Tensor, target: torch.Tensor, group: int, update: bool) -> dict[str, torch.Tensor]:
+        """One forward and backward pass; an optimizer step if `update`."""
+        config, task = self.config, self.task
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.mixup is not None:
+            x, target = self.mixup(x, target)
+        with contextlib.nullcontext() if update else task.no_sync():
+            with autocast(self.device, config.amp):
+                result = task(x, target)
+            loss = result['loss'] / group
+            if self.scaler is not None:
+                self.scaler(loss, self.optimizer, clip_grad=config.clip_grad,
+                            parameters=list(task.get_clip_parameters()), need_update=update)
+            else:
+                loss.backward()
+                if update:
+                    if config.clip_grad is not None:
+                        dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
+                    self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+            self.updates += 1
+            self.scheduler.step_update(self.updates)
+            task.update_ema(step=self.updates)
+        return result
+
+    def _check_finite(self, total: torch.Tensor, epoch: int) -> None:
+        if not torch.isfinite(total) and self.scaler is None:
+            raise LeanError(f'The loss is {total.item()} in epoch {epoch + 1}. Lower --lr, add --warmup-epochs or '
+                            '--clip-grad. The last completed save is kept.')
+
+    def _save(self, epoch: int, top1: float, ema: bool) -> None:
+        model = unwrap_model(self.task.get_eval_model(ema=ema))
+        save_model(model, self.directory / 'last.safetensors')
+        if top1 > self.best['top1']:
+            self.best = {'top1': top1, 'epoch': float(epoch + 1)}
+            save_model(model, self.directory / 'best.safetensors')
+        save_state(self.directory, {  # last: what it refers to is on disk by now
+            'recipe': self.recipe, 'epoch': epoch + 1, 'best': self.best, 'rows': self.log.rows,
+            'updates': self.updates, 'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict() if self.scaler is not None else None,
+            **self.task.get_checkpoint_state(),
+            **(self.task.get_checkpoint_state(ema=True) if ema else {})})
+
+    def _resume(self) -> None:
+        state = load_state(self.directory, self.recipe)
+        if state is None:
+            self._say(f'{self.directory} has no completed save yet: starting from the beginning.')
+            return
+        self.task.load_checkpoint_state(state['state_dict'])
+        if self.task.has_ema():
+            if 'state_dict_ema' not in state:
+                raise LeanError(f'{self.directory} was trained without --ema. Resume without it.')
+            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
+        self.optimizer.load_state_dict(state['optimizer'])
+        if self.scaler is not None and state['scaler'] is not None:
+            self.scaler.load_state_dict(state['scaler'])
+        self.start_epoch, self.best, self.updates = state['epoch'], state['best'], state['updates']
+        self.log.rows = state['rows']
+        if self.rank == 0:
+            self.log.write_csv()
+        self._say(f'Resuming {self.directory} after epoch {self.start_epoch}.')
+
+    def _open_directory(self) -> Path:
+        config = self.config
+        directory = Path(config.output) if config.output else _free_directory(_model_label(config.model), config.resume)
+        taken = (directory / RESUME_FILE).exists()
+        if taken and not config.resume:
+            raise LeanError(f'{directory} already holds a run. Continue it by --resume or choose another --output.')
+        if self.world > 1:
+            dist.barrier()  # every process has looked before the first one writes
+        writable_dir(directory)
+        if self.rank == 0:
+            with atomic_file(directory / 'args.yaml') as temporary:
+                temporary.write_text(yaml.safe_dump(config.rerun_args(), sort_keys=False))
+        return directory
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def _describe(model: nn.Module, data_config: dict[str, Any], classes: list[str]) -> None:
+    """Note on the model what it is trained with, so that its checkpoint says how to use it."""
+    cfg = {
+        **model.pretrained_cfg,  # type: ignore[dict-item]
+        **{k: data_config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
+        'num_classes': model.num_classes, 'label_names': classes,
+    }
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+
+
+def _model_label(name: str) -> str:
+    return Path(name.partition(':')[2] or name).name.removesuffix('.safetensors')
+
+
+def _free_directory(label: str, resume: bool) -> Path:
+    """output/LABEL, numbered upwards if it holds a run; the latest run there to resume."""
+    base = Path('output')
+    number = 1
+    while (path := base / (label if number == 1 else f'{label}-{number}')).joinpath(RESUME_FILE).exists():
+        number += 1
+    if resume and number > 1:
+        return base / (label if number == 2 else f'{label}-{number - 1}')
+    return path
