@@ -84,7 +84,8 @@ def model_reports(
         models.append(model)
         shapes.append(shape)
     if latency:
-        for report, measured in zip(reports, measure_latency(models, shapes, torch.device(device), repeats), strict=True):
+        timings = measure_latency(models, shapes, torch.device(device), repeats)
+        for report, measured in zip(reports, timings, strict=True):
             report.device = str(device)
             report.latency_ms, report.latency_spread_ms, report.peak_memory = measured
     return reports

@@ -29,7 +29,7 @@ class TrainConfig:
         epochs: Passes over the training images.
         batch_size: Images per step and process.
         grad_accum: Steps whose gradients are added before an update.
-        opt: timm optimizer name.
+        opt: timm optimizer name; 'sgd' is Nesterov's, 'momentum' the plain one.
         lr: Learning rate.
         momentum: Optimizer momentum.
         weight_decay: Weight decay; not on biases and norms unless decay_all.

@@ -109,12 +109,13 @@ class Trainer:
         self.train_loader = create_train_loader(datasets['train'], config, self.data_config, device, rank, world)
         self.eval_loader = create_eval_loader(
             datasets['eval'], self.data_config, config.batch_size, device, config.workers, config.cache, rank, world)
+        self.updates_per_epoch = math.ceil(len(self.train_loader) / config.grad_accum)
         # stepped by update, not by epoch: a one-epoch warm-up would otherwise train that epoch at almost nothing
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=config.sched, num_epochs=config.epochs, decay_milestones=config.milestones,
             decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs,
             step_on_epochs=False,
-            updates_per_epoch=math.ceil(len(self.train_loader) / config.grad_accum))
+            updates_per_epoch=self.updates_per_epoch)
         self.directory = self._open_directory()
         self.log = RunLog(self.directory, primary=rank == 0)
         self.start_epoch, self.best, self.updates = 0, {'top1': -1., 'epoch': 0.}, 0
@@ -194,6 +195,8 @@ class Trainer:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None:
             x, target = self.mixup(x, target)
+        for regularizer in task.regularizers:
+            regularizer.set_progress(self.updates / (self.updates_per_epoch * config.epochs))
         with contextlib.nullcontext() if update else task.no_sync():
             with autocast(self.device, config.amp):
                 result = task(x, target)

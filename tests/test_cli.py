@@ -1,0 +1,209 @@
+"""The command line as a user meets it: output, exit codes, and one clear line for bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_lean_cli
+from timm_lean import load_model, save_model
+
+
+def run(capsys, *args):
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = timm_lean_cli.main([str(a) for a in args])
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp('ckpt') / 'model.safetensors'
+    torch.manual_seed(0)
+    model = timm.create_model('resnet32_cifar_s16u1', num_classes=10)
+    model.pretrained_cfg['label_names'] = [str(i) for i in range(10)]
+    save_model(model, path)
+    return path
+
+
+def test_models_lists_names_with_params_and_macs(capsys):
+    code, out, _ = run(capsys, 'models', 's16u1_dual')
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ['resnet32_cifar_s16u1_dual', 'resnet56_cifar_s16u1_dual']
+    assert '245,642 params' in out and '319,226 params' in out
+    assert json.loads(run(capsys, 'models', 'resnet34_s48u1_dual', '--json')[1])[0]['params'] == 11_786_968
+
+
+def test_info_compares_a_checkpoint_with_a_name(capsys, checkpoint):
+    code, out, _ = run(capsys, 'info', 'resnet32_cifar', '--vs', checkpoint, '--img-size', '16')
+    assert code == 0
+    header, dense, shared = out.splitlines()
+    assert header.split()[:3] == ['model', 'params', 'MACs'] and '@16' in header
+    assert '464,154 (1.00x)' in dense and '197,258 (0.42x)' in shared
+
+
+def test_info_measures_latency_and_memory(capsys, checkpoint):
+    code, out, _ = run(capsys, 'info', checkpoint, '--latency', '--img-size', '8', '--device', 'cpu', '--json')
+    report = json.loads(out)[0]
+    assert code == 0 and report['latency_ms'] > 0 and report['device'] == 'cpu'
+    # the widest tensors: 17 filters' responses of 8 x 8 in fp32 and their normalization at least
+    assert report['peak_memory'] >= 2 * 17 * 8 * 8 * 4
+    assert report['bytes'] == checkpoint.stat().st_size
+
+
+def test_validate_and_predict_agree(capsys, checkpoint, tmp_path):
+    code, out, _ = run(capsys, 'validate', checkpoint, '--device', 'cpu', '--workers', '0', '--json')
+    metrics = json.loads(out)
+    assert code == 0 and metrics['images'] == 360 and 0 <= metrics['top1'] <= metrics['top5'] <= 100
+    Image.new('RGB', (32, 32), 'white').save(tmp_path / 'a.png')
+    code, out, _ = run(capsys, 'predict', checkpoint, tmp_path / 'a.png', '--device', 'cpu', '--json')
+    top = json.loads(out)[0]['top']
+    assert code == 0 and len(top) == 5
+    # an independent computation: white pixels, normalized by hand
+    cfg = load_model(checkpoint).pretrained_cfg
+    x = torch.tensor([(1 - m) / s for m, s in zip(cfg['mean'], cfg['std'], strict=True)]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        probabilities = load_model(checkpoint)(x.expand(1, 3, 32, 32)).softmax(1)[0]
+    assert top[0]['index'] == int(probabilities.argmax())
+    assert top[0]['probability'] == pytest.approx(float(probabilities.max()), rel=1e-4)
+
+
+def test_export_folds_and_writes_a_directory_timm_loads(capsys, checkpoint, tmp_path):
+    code, out, _ = run(
+        capsys, 'export', checkpoint, '--fold', '-o', tmp_path / 'f.safetensors', '--hf-dir', tmp_path / 'hf')
+    assert code == 0 and 'folded 24 shared convolutions' in out
+    x = torch.randn(2, 3, 32, 32)
+    expected = load_model(checkpoint)(x)
+    for model in (load_model(tmp_path / 'f.safetensors'),
+                  timm.create_model(f'local-dir:{tmp_path / "hf"}', pretrained=True).eval()):
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_config_file_is_overridden_by_flags(capsys, tmp_path):
+    (tmp_path / 'c.yaml').write_text('model: resnet20_cifar\nmodel_args: {layers: [1, 1, 1]}\nepochs: 3\nimg-size: 8\n')
+    code, out, err = run(
+        capsys, 'train', '--config', tmp_path / 'c.yaml', '--epochs', '1', '--train-images', '64', '--batch-size', '32',
+        '--cache', '--device', 'cpu', '--output', tmp_path / 'o')
+    assert code == 0, err
+    assert 'epoch 1/1' in out and (tmp_path / 'o' / 'best.safetensors').is_file()
+
+
+@pytest.fixture
+def broken_image_folder(tmp_path):
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (tmp_path / 'data' / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new('RGB', (8, 8)).save(tmp_path / 'data' / split / name / f'{i}.png')
+    (tmp_path / 'data' / 'train' / 'b' / '2.png').write_bytes(b'not an image')
+    return tmp_path / 'data'
+
+
+SMALL = ['--model', 'resnet20_cifar', '--epochs', '1', '--batch-size', '4', '--device', 'cpu']
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['train', '--model', 'resnet_nope'], ["Unknown model 'resnet_nope'"]),
+    (['train', '--model', 'resnet34_cifar_s8u1', '--model-args', 'shared_rank=-1'], ['shared_rank', '-1']),
+    (['train', '--model', 'resnet34_cifar_s8u1', '--model-args', 'shared_rank=0', 'unique_rank=0'], ['both 0']),
+    (['train', '--model', 'resnet32_cifar_s8u1', '--model-args', 'shared_rank=72', 'dual=true'],
+     ['145 basis filters', '144']),
+    (['train', '--model', 'resnet20_cifar', '--model-args', 'wings=2'], ['wings']),
+    (['train', '--model', 'resnet20_cifar', '--model-args', 'wings'], ['KEY=VALUE', 'wings']),
+    (['train', *SMALL, '--data-dir', '/nonexistent/data'], ['/nonexistent/data', 'does not exist']),
+    (['train', *SMALL, '--reg', 'basis_orto=10'], ["Unknown regularizer 'basis_orto'", 'basis_ortho']),
+    (['train', *SMALL, '--reg', 'basis_ortho=ten'], ["'ten' is not a number"]),
+    (['train', *SMALL, '--reg', 'basis_ortho=-1'], ['at least 0', '-1']),
+    (['train', *SMALL, '--reg', 'basis_ortho=10'], ['no shared filter basis']),
+    (['train', *SMALL, '--device', 'cuda:7'], ['cuda:7', 'CUDA']),
+    (['train', *SMALL, '--device', 'warp'], ["Unknown device 'warp'"]),
+    (['train', *SMALL, '--output', '/proc/nowhere/run'], ['/proc/nowhere/run', 'Cannot write']),
+    (['train', *SMALL, '--opt', 'sgdx'], ['sgdx']),
+    (['train', *SMALL, '--batch-size', '0'], ['batch_size', '0']),
+    (['train', *SMALL, '--batch-size', '100000'], ['do not fill one batch of 100000']),
+    (['train', *SMALL, '--config', 'no_such_recipe'], ["'no_such_recipe'", 'cifar10_shared']),
+    (['train', *SMALL, '--num-classes', '3'], ['num_classes=3', '10 classes']),
+    (['train'], ['No model given']),
+    (['train', '--nonsense'], ['--nonsense']),
+    (['info', 'resnet20_cifar', '--img-size', '0'], ['--img-size', '0']),
+    (['info', 'missing.safetensors'], ['missing.safetensors', 'not a file']),
+    (['models', 'zzz'], ["'zzz'"]),
+    (['predict', 'resnet20_cifar', '/nonexistent.png'], ['/nonexistent.png']),
+    (['export', 'resnet20_cifar'], ['--hf-dir', '-o']),
+    (['export', 'resnet20_cifar', '-o', 'x.pth'], ['x.pth', '.safetensors']),
+    (['export', 'resnet20_cifar', '--fold', '-o', 'x.safetensors'], ['no shared convolution']),
+    (['validate', 'resnet20_cifar', '--data-dir', '/nonexistent/data'], ['/nonexistent/data']),
+], ids=lambda v: ' '.join(v)[:60])
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1 and 'Traceback' not in err
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.iterdir()), 'bad input left something behind'
+
+
+def test_empty_data_folder_is_named(capsys, tmp_path):
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    (tmp_path / 'val').mkdir()
+    code, _, err = run(capsys, 'train', *SMALL, '--data-dir', tmp_path, '--output', tmp_path / 'o')
+    assert code == 2 and f'{tmp_path}/train holds no images' in err
+    assert not (tmp_path / 'o').exists()
+
+
+@pytest.mark.parametrize('options', [['--workers', '0'], ['--workers', '1'], ['--cache']])
+def test_broken_image_is_named(capsys, tmp_path, broken_image_folder, options):
+    code, _, err = run(
+        capsys, 'train', *SMALL, '--data-dir', broken_image_folder, '--img-size', '8', *options,
+        '--output', tmp_path / 'o')
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert str(broken_image_folder / 'train' / 'b' / '2.png') in err
+    assert not list(tmp_path.glob('o/*.safetensors'))
+
+
+def test_validating_against_other_classes_is_refused(capsys, checkpoint, broken_image_folder):
+    code, _, err = run(capsys, 'validate', checkpoint, '--data-dir', broken_image_folder, '--device', 'cpu')
+    assert code == 2 and '10 classes' in err and '2 (a, b)' in err
+
+
+def test_debug_shows_the_traceback(capsys):
+    code, _, err = run(capsys, 'train', '--model', 'resnet_nope', '--debug')
+    assert code == 2 and 'Traceback' in err
+
+
+def test_compile_without_a_compiler_is_a_clear_error(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    code, _, err = run(capsys, 'train', *SMALL, '--compile', '--output', tmp_path / 'o')
+    assert code == 2 and '--compile needs a C++ compiler' in err
+
+
+def test_help_and_usage_errors_do_not_import_torch():
+    """Any import of torch fails here, so these can only work without it."""
+    blocker = 'import sys; sys.modules["torch"] = None; import timm_lean_cli; timm_lean_cli.main(sys.argv[1:])'
+    cases = [(['--help'], 0), (['train', '--help'], 0), (['--version'], 0), (['train', '--epochs', 'x'], 2)]
+    for arguments, code in cases:
+        result = subprocess.run(
+            [sys.executable, '-c', blocker, *arguments], capture_output=True, text=True, env=os.environ)
+        assert result.returncode == code, result.stderr
+        assert 'Traceback' not in result.stderr
+        assert (result.stdout if code == 0 else result.stderr).strip()
+
+
+def test_installed_script_runs():
+    script = Path(sys.executable).with_name('timm-lean')
+    result = subprocess.run([script, '--version'], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == timm_lean_version()
+
+
+def timm_lean_version():
+    from timm_lean import __version__
+    return __version__
