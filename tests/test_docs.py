@@ -1,0 +1,64 @@
+"""README and docs: Python examples run and print what is shown, shown commands parse, links lead somewhere."""
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import timm_lean_cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_python_examples_run_and_print_what_is_shown(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, found = {}, blocks(page)
+    for i, (language, text) in enumerate(found):
+        if language != 'python':
+            continue
+        if 'import mmengine' in text or 'timm_lean.mmdet' in text:
+            pytest.importorskip('mmdet')
+        torch.manual_seed(0)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(text, f'{page.name}, block {i}', 'exec'), namespace)
+        if i + 1 < len(found) and found[i + 1][0] == '' and printed.getvalue():
+            assert printed.getvalue().strip() == found[i + 1][1].strip()
+
+
+def commands():
+    """(page, arguments) of every shown `timm-lean ...` line."""
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language in ('', 'bash', 'sh', 'console'):
+                for line in text.replace('\\\n', ' ').splitlines():
+                    line = line.strip().removeprefix('$ ')
+                    if line.startswith(('timm-lean ', '.venv/bin/timm-lean ')):
+                        yield page.name, shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize('page, arguments', list(commands()), ids=lambda v: v if isinstance(v, str) else ' '.join(v)[:70])
+def test_shown_commands_are_accepted(page, arguments):
+    arguments = ['1' if re.fullmatch(r'[A-Z]', a) else a.removesuffix('...') for a in arguments]
+    timm_lean_cli.build_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)#]+)[^)]*\)', page.read_text()):
+        assert target.startswith('http') or (page.parent / target).exists(), target
+
+
+def test_files_the_readme_names_exist():
+    for path in re.findall(r'`((?:docs|tools|timm_lean|mmdet_configs)/[\w/.-]+\w)`', (ROOT / 'README.md').read_text()):
+        assert (ROOT / path).exists(), path
