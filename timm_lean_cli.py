@@ -63,6 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     export.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
 
+    analyze = command('analyze', 'measure a property of a model on data')
+    analyze.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
+    analyze.add_argument('--similarity', action='store_true', help='redundancy of the feature maps, per layer')
+    analyze.add_argument('--vs', metavar='MODEL', help='a second model, shown beside the first')
+    analyze.add_argument('--batches', type=int, default=4, help='batches of 64 images (default 4)')
+    analyze.add_argument('-o', '--output', metavar='FILE', help='picture (default similarity.png)')
+    analyze.add_argument('--json', action='store_true')
+    _add_eval_data(analyze)
+
+    command('doctor', 'what is installed, what works, what is missing')
+
     demo = command('demo', 'train, compare, export and reload on the embedded digits')
     demo.add_argument('--output', default='output/demo', help='folder for the results (default output/demo)')
     demo.add_argument('--epochs', type=int, default=8)
@@ -103,6 +114,8 @@ def _add_train(p: argparse.ArgumentParser) -> None:
     flag('--warmup-epochs', 'default 0', type=int)
     flag('--min-lr', 'default 0', type=float)
     flag('--reg', 'regularizer, e.g. basis_ortho=10 (repeatable)', action='append', metavar='NAME=WEIGHT')
+    flag('--init', 'data-free initialization before the first epoch', choices=['conv_similarity'])
+    flag('--init-steps', 'its steps (default 200)', type=int)
     flag('--smoothing', 'label smoothing', type=float)
     flag('--mixup', 'mixup alpha', type=float)
     flag('--cutmix', 'cutmix alpha', type=float)

@@ -353,3 +353,16 @@ def test_fine_tuning_keeps_structure_and_swaps_the_head(tmp_path, image_folder):
     assert torch.equal(tuned.layer1[1].conv1.basis.weight, base.layer1[1].conv1.basis.weight)
 
 
+
+
+def test_conv_similarity_initialization_precedes_training_and_reaches_the_ema(tmp_path, capsys):
+    config = small(tmp_path, init='conv_similarity', init_steps=5, ema=True)
+    trainer = Trainer(config, CPU)
+    before = Trainer(replace(config, init='', output=str(tmp_path / 'plain')), CPU)
+    printed = capsys.readouterr().out
+    first, last = (float(v) for v in printed.split('initialization: ')[1].split(' in ')[0].split(' -> '))
+    assert last < first and 'in 5 steps' in printed
+    weight, ema = (trainer.task.get_trainable_module(ema=e).state_dict()['layer1.0.conv1.weight' if not e else
+                   'module.layer1.0.conv1.weight'] for e in (False, True))
+    assert torch.equal(weight, ema)
+    assert not torch.equal(weight, before.model.layer1[0].conv1.weight)

@@ -82,28 +82,58 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from timm.data import resolve_data_config
-
     from .checkpoint import load_any
-    from .training.data import class_names, create_eval_loader, open_dataset
+    from .training.data import class_names
     from .training.device import resolve_device
     from .training.evaluate import evaluate
     device = resolve_device(args.device)
     model: Any = load_any(args.model).to(device)
-    config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
-    data = args.data or ('folder' if args.data_dir else 'digits')
-    dataset = open_dataset(data, args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    loader = _eval_loader(args, model, device, args.batch_size, args.workers)
+    dataset = loader.dataset
     classes, known = class_names(dataset), model.pretrained_cfg.get('label_names')
     if len(classes) > model.num_classes or (known and classes != list(known)):
         raise LeanError(f'{args.model} was made for {model.num_classes} classes ({", ".join(known or [])[:80]}), the '
                         f'data has {len(classes)} ({", ".join(classes)[:80]}).')
-    loader = create_eval_loader(dataset, config, args.batch_size, device, args.workers)
     metrics = {**evaluate(model, loader, device, args.amp), 'images': len(dataset)}
     if args.json:
         print(json.dumps({'model': args.model, **metrics}, indent=2))
     else:
         print('top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  {images} images, '
               '{images_per_second:.0f} images/s'.format(**metrics))
+
+
+def _eval_loader(args: argparse.Namespace, model: Any, device: Any, batch_size: int, workers: int) -> Any:
+    from timm.data import resolve_data_config
+
+    from .training.data import create_eval_loader, open_dataset
+    config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
+    data = args.data or ('folder' if args.data_dir else 'digits')
+    dataset = open_dataset(data, args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    return create_eval_loader(dataset, config, batch_size, device, workers)
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from .checkpoint import load_any
+    from .similarity import feature_similarity, format_similarity, plot_similarity
+    from .training.device import resolve_device
+    if not args.similarity:
+        raise LeanError('Nothing to measure: give --similarity.')
+    if args.batches < 1:
+        raise LeanError(f'--batches must be at least 1, got {args.batches}.')
+    device = resolve_device(args.device)
+    results = []
+    for source in filter(None, (args.model, args.vs)):
+        model = load_any(source).to(device)
+        loader = _eval_loader(args, model, device, 64, 0)
+        results.append(feature_similarity(model, loader, device, max_batches=args.batches))
+    second = results[1] if args.vs else None
+    print(json.dumps(results) if args.json else format_similarity(results[0], second))
+    plot_similarity(results[0], second, args.output or 'similarity.png')
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import doctor
+    return doctor()
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -148,5 +178,5 @@ def _demo(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     'models': _models, 'info': _info, 'train': _train, 'validate': _validate, 'predict': _predict, 'export': _export,
-    'demo': _demo,
+    'analyze': _analyze, 'doctor': _doctor, 'demo': _demo,
 }

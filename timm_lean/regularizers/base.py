@@ -9,8 +9,11 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 
+from .schedule import Schedule
+
 __all__ = [
     'Regularizer', 'create_regularizer', 'list_regularizers', 'loss_terms', 'parse_regularizer', 'register_regularizer',
+    'set_progress',
 ]
 
 _REGISTRY: dict[str, type['Regularizer']] = {}
@@ -22,6 +25,8 @@ class Regularizer:
     Subclasses name themselves, find the layers they act on (`find`) and compute the penalty of those (`compute`).
     Layers are found at a model's first use and remembered for as long as the model lives.
 
+    The weight may follow a `schedule` over training; whoever trains says how far training is by `set_progress`.
+
     Args:
         weight: Factor of the penalty in the loss, finite and not negative.
 
@@ -29,6 +34,8 @@ class Regularizer:
         LeanError: The weight is not a finite number of at least 0.
     """
     name: ClassVar[str] = ''
+    schedule: Schedule = Schedule()
+    progress: float = 0.0
 
     def __init__(self, weight: float = 1.0):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
@@ -55,10 +62,26 @@ class Regularizer:
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """The weighted penalty as an fp32 scalar, ready to be added to the loss."""
-        return self.weight * self.raw(model)
+        return self.scheduled_weight * self.raw(model)
+
+    @property
+    def scheduled_weight(self) -> float:
+        """The weight at the current progress of training."""
+        return self.weight * self.schedule.factor(self.progress)
+
+    def set_schedule(self, schedule: str | Schedule) -> None:
+        """Let the weight follow a schedule, e.g. `cosine` or `warmup_linear@0.2` (see `Schedule.parse`)."""
+        self.schedule = Schedule.parse(schedule) if isinstance(schedule, str) else schedule
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how far training is, 0 at its start and 1 at its end; values beyond are taken as the nearer end."""
+        if not math.isfinite(fraction):
+            raise LeanError(f'Training progress must be a number in [0, 1], got {fraction!r}.')
+        self.progress = min(max(float(fraction), 0.0), 1.0)
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}(weight={self.weight:g})'
+        schedule = '' if self.schedule == Schedule() else f', schedule={self.schedule}'
+        return f'{type(self).__name__}(weight={self.weight:g}{schedule})'
 
 
 def register_regularizer(cls: type[Regularizer]) -> type[Regularizer]:
@@ -77,25 +100,34 @@ def list_regularizers() -> list[str]:
 def create_regularizer(name: str, **kwargs: Any) -> Regularizer:
     """Create a regularizer by name, e.g. `create_regularizer('basis_ortho', weight=10.0)`.
 
+    Args:
+        name: One of `list_regularizers()`.
+        **kwargs: Arguments of the regularizer; for each of them also `schedule`, e.g. `'cosine'`.
+
     Raises:
         LeanError: An unknown name, an unknown argument or a bad value.
     """
     if name not in _REGISTRY:
         raise LeanError(f'Unknown regularizer {name!r}. Known: {", ".join(list_regularizers())}.')
+    schedule = kwargs.pop('schedule', None)
     try:
-        return _REGISTRY[name](**kwargs)
+        regularizer = _REGISTRY[name](**kwargs)
     except TypeError as e:
         raise LeanError(f'Regularizer {name!r} does not take these arguments: {e}.') from e
+    if schedule is not None:
+        regularizer.set_schedule(schedule)
+    return regularizer
 
 
 def parse_regularizer(spec: str) -> Regularizer:
-    """Create a regularizer from `NAME` or `NAME=WEIGHT`, as given on the command line.
+    """Create a regularizer from `NAME`, `NAME=WEIGHT` or `NAME=WEIGHT:SCHEDULE`, as given on the command line.
 
-    Further arguments follow after commas: `basis_ortho=10,include_unique=true`.
+    Further arguments follow after commas: `basis_ortho=10:cosine,include_unique=true`.
     """
     head, *options = spec.split(',')
+    head, colon, schedule = head.partition(':')
     name, sep, weight = head.partition('=')
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {'schedule': schedule} if colon else {}
     if sep:
         try:
             kwargs['weight'] = float(weight)
@@ -130,6 +162,17 @@ def loss_terms(regularizers: Iterable[Regularizer], model: nn.Module) -> dict[st
     terms: dict[str, torch.Tensor] = {}
     for regularizer in regularizers:
         raw = regularizer.raw(model)
-        terms[f'loss_{regularizer.name}'] = regularizer.weight * raw
-        terms[regularizer.name] = raw.detach()
+        name = regularizer.name
+        # The same regularizer may be given twice, e.g. for different layers; a term must not replace another.
+        count = 2
+        while name in terms:
+            name, count = f'{regularizer.name}_{count}', count + 1
+        terms[f'loss_{name}'] = regularizer.scheduled_weight * raw
+        terms[name] = raw.detach()
     return terms
+
+
+def set_progress(regularizers: Iterable[Regularizer], fraction: float) -> None:
+    """Tell several regularizers how far training is, in [0, 1], for their schedules."""
+    for regularizer in regularizers:
+        regularizer.set_progress(fraction)

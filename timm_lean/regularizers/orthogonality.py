@@ -1,10 +1,16 @@
-"""Orthogonality of shared filter bases.
+"""Orthogonality of shared filter bases (`basis_ortho`) and of all filters of a convolution (`kernel_ortho`, `srip`).
 
 Paper: `Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks`
 - https://arxiv.org/abs/2006.05066, section 3.2, equation 5.
 
 Shared filters receive gradients from every layer that uses them; keeping the basis orthonormal keeps those gradients
 from vanishing or exploding.
+
+Paper: `Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?`, Bansal et al. 2018
+- https://arxiv.org/abs/1810.09102, soft orthogonality and the spectral restricted isometry property (SRIP).
+
+With the flattened filters of a convolution as rows of `W [M, C * kh * kw]`, `kernel_ortho` is `||W W^T - I||_F^2` and
+`srip` the spectral norm of `W W^T - I`.
 """
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -16,8 +22,9 @@ from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
 
 from .base import Regularizer, register_regularizer
+from .filters import FilterBank, FilterRegularizer, Patterns, total
 
-__all__ = ['BasisOrtho']
+__all__ = ['BasisOrtho', 'KernelOrtho', 'Srip']
 
 
 @dataclass
@@ -102,16 +109,89 @@ class BasisOrtho(Regularizer):
         return parts, entries
 
 
+@register_regularizer
+class KernelOrtho(FilterRegularizer):
+    """Soft kernel orthogonality, the sum over filter banks of `||W W^T - I||_F^2`.
+
+    Filters of different groups are not compared. A bank with more filters M than weights d per filter cannot be
+    orthonormal; its minimum is `M - d` per group.
+    """
+    name = 'kernel_ortho'
+
+    def compute(self, layers: list[FilterBank]) -> torch.Tensor:
+        return total([_gram_error(_group_rows(bank)) for bank in layers])
+
+
+@register_regularizer
+class Srip(FilterRegularizer):
+    """Spectral restricted isometry, the sum over filter banks and groups of the spectral norm of `W W^T - I`.
+
+    Of the two matrices `W W^T - I` and `W^T W - I` the smaller is taken: they share their eigenvalues but for the -1
+    that the larger always has, which no training could lower and which would hide the others.
+
+    The norm is estimated by power iteration, from below, without forming the matrix; the start vector is fixed, so
+    that equal weights give equal values and training resumes exactly.
+
+    Args:
+        weight: Factor of the penalty in the loss.
+        iterations: Steps of power iteration. The paper takes 2, from a random vector.
+        include, exclude, skip_stem, skip_1x1: See `FilterRegularizer`.
+    """
+    name = 'srip'
+
+    def __init__(
+            self,
+            weight: float = 1.0,
+            iterations: int = 8,
+            include: Patterns = None,
+            exclude: Patterns = None,
+            skip_stem: bool = False,
+            skip_1x1: bool = False,
+    ):
+        super().__init__(weight, include, exclude, skip_stem, skip_1x1)
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise LeanError(f"iterations of 'srip' must be a whole number of at least 1, got {iterations!r}.")
+        self.iterations = iterations
+
+    def compute(self, layers: list[FilterBank]) -> torch.Tensor:
+        return total([_isometry_error(_group_rows(bank), self.iterations).sum() for bank in layers])
+
+
 def _rows(bank: FilterBasis) -> torch.Tensor:
     return bank.weight.flatten(1).float()
 
 
+def _group_rows(bank: FilterBank) -> torch.Tensor:
+    """Flattened filters by group, `[groups, M, d]`."""
+    weight = bank.weight if bank.weight.dtype == torch.float64 else bank.weight.float()
+    return weight.flatten(1).unflatten(0, (bank.groups, -1))
+
+
 def _gram_error(rows: torch.Tensor) -> torch.Tensor:
-    """`||R R^T - I||_F^2` for rows `[n, d]`, through the smaller of the two Gram matrices.
+    """`||R R^T - I||_F^2` for rows `[..., n, d]`, summed, through the smaller of the two Gram matrices.
 
     Both have the same non-zero eigenvalues, so `||R R^T - I||^2 = ||R^T R - I||^2 + n - d`.
     """
-    n, d = rows.shape
-    gram = rows @ rows.T if n <= d else rows.T @ rows
-    error = (gram - torch.eye(len(gram), device=gram.device)).square().sum()
-    return error + max(n - d, 0)
+    n, d = rows.shape[-2:]
+    gram = rows @ rows.mT if n <= d else rows.mT @ rows
+    error = (gram - torch.eye(gram.shape[-1], device=gram.device)).square().sum()
+    return error + rows.shape[:-2].numel() * max(n - d, 0)
+
+
+def _isometry_error(rows: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Spectral norm of the smaller of `R R^T - I` and `R^T R - I` for rows `[groups, n, d]`: `[groups]`."""
+    if rows.shape[1] > rows.shape[2]:
+        rows = rows.mT
+
+    def apply(v: torch.Tensor) -> torch.Tensor:
+        return rows @ (rows.mT @ v) - v
+
+    with torch.no_grad():
+        # Any vector that is not orthogonal to the leading eigenvector will do; squares in a cosine look random.
+        index = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
+        v = index.square().cos().to(rows.dtype)[:, None].expand(len(rows), -1, 1)
+        for _ in range(iterations):
+            v = torch.nn.functional.normalize(apply(v), dim=1)
+    # At an eigenvector the derivative of |A v| by A is that of the eigenvalue, so v may be held constant; and |A v|,
+    # unlike v^T A v, is right for a mixture of the eigenvectors of +s and -s too.
+    return torch.linalg.vector_norm(apply(v), dim=(1, 2))

@@ -40,6 +40,8 @@ class TrainConfig:
         warmup_epochs: Epochs of linear warm-up.
         min_lr: Final learning rate of decaying schedules.
         reg: Regularizers as NAME=WEIGHT.
+        init: '' or 'conv_similarity', its data-free initialization before the first epoch.
+        init_steps: Steps of that initialization.
         smoothing: Label smoothing.
         mixup: Mixup alpha.
         cutmix: Cutmix alpha.
@@ -81,6 +83,8 @@ class TrainConfig:
     warmup_epochs: int = 0
     min_lr: float = 0.
     reg: list[str] = field(default_factory=list)
+    init: str = ''
+    init_steps: int = 200
     smoothing: float = 0.
     mixup: float = 0.
     cutmix: float = 0.
@@ -109,10 +113,11 @@ class TrainConfig:
         self._choice('data', ('folder', 'digits'))
         self._choice('aug', ('crop', 'rrc', 'none'))
         self._choice('sched', ('cosine', 'multistep', 'poly', 'constant'))
+        self._choice('init', ('', 'conv_similarity'))
         self._choice('amp', ('', 'bf16', 'fp16'))
         if self.data == 'folder' and not self.data_dir:
             raise LeanError("data='folder' needs --data-dir DIR, a folder with train/ and val/ or test/.")
-        for name in ('epochs', 'batch_size', 'grad_accum'):
+        for name in ('epochs', 'batch_size', 'grad_accum', 'init_steps'):
             self._at_least(name, 1)
         for name in ('workers', 'warmup_epochs', 'lr', 'min_lr', 'momentum', 'weight_decay', 'smoothing', 'mixup',
                      'cutmix', 're_prob', 'seed'):

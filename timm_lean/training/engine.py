@@ -1,6 +1,7 @@
 """The classification training run, built on timm.task and timm's factories."""
 import contextlib
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from timm_lean.checkpoint import load_any, save_model, set_head
 from timm_lean.errors import LeanError
 from timm_lean.fileio import atomic_file, writable_dir
 from timm_lean.recipe import recipe_of
-from timm_lean.regularizers import parse_regularizer
+from timm_lean.regularizers import initialize_conv_similarity, parse_regularizer
 
 from .config import TrainConfig
 from .data import class_names, create_eval_loader, create_train_loader, open_dataset, seed_epoch
@@ -119,8 +120,9 @@ class Trainer:
         self.directory = self._open_directory()
         self.log = RunLog(self.directory, primary=rank == 0)
         self.start_epoch, self.best, self.updates = 0, {'top1': -1., 'epoch': 0.}, 0
-        if config.resume:
-            self._resume()
+        resumed = config.resume and self._resume()
+        if config.init and not resumed:
+            self._initialize()
         if config.compile:
             self.task.compile()
         if world > 1:
@@ -235,11 +237,20 @@ class Trainer:
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if ema else {})})
 
-    def _resume(self) -> None:
+    def _initialize(self) -> None:
+        show = self.rank == 0 and sys.stderr.isatty()
+        trace = initialize_conv_similarity(self.model, self.config.init_steps, progress=show)
+        ema = self.task.get_trainable_module(ema=True)
+        if ema is not None:
+            ema.set(self.model)  # type: ignore[operator]
+        self._say(f'conv_similarity initialization: {trace[0]:.4g} -> {trace[-1]:.4g} in {len(trace) - 1} steps')
+
+    def _resume(self) -> bool:
+        """Continue after the last completed save; False if there is none."""
         state = load_state(self.directory, self.recipe)
         if state is None:
             self._say(f'{self.directory} has no completed save yet: starting from the beginning.')
-            return
+            return False
         self.task.load_checkpoint_state(state['state_dict'])
         if self.task.has_ema():
             if 'state_dict_ema' not in state:
@@ -253,6 +264,7 @@ class Trainer:
         if self.rank == 0:
             self.log.write_csv()
         self._say(f'Resuming {self.directory} after epoch {self.start_epoch}.')
+        return True
 
     def _open_directory(self) -> Path:
         config = self.config
