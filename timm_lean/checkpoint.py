@@ -20,22 +20,29 @@ from timm.models._hub import filter_pretrained_cfg
 
 from .errors import CheckpointError, LeanError
 from .fileio import atomic_dir, atomic_file
+from .pruning.packing import pack, packed_shapes, unpack
 from .recipe import LEAN_ENTRY, Recipe, build, recipe_of
 
 __all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model', 'set_head']
 
 FORMAT_VERSION = 1
 _KEY = 'timm_lean'
+# Arguments of timm.create_model that download, open other files or choose a device.
+_RUNTIME_ARGS = {
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'features_only', 'device',
+    'dtype', 'scriptable', 'exportable', 'no_jit'}
 # A named network has a few modules per tensor; a file that asks for many more is not one we wrote.
 _MODULES_PER_TENSOR = 20
 
 
-def save_model(model: nn.Module, path: str | Path) -> None:
+def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
     """Write a model to one self-describing `.safetensors` file, atomically.
 
     Args:
         model: A model made by `timm.create_model` (any timm model), possibly restructured by this package.
         path: The file to write.
+        packed: Of convolutions with pruned kernels store the live ones only, if the file gets smaller. Readers other
+            than `load_model` need plain tensors: save with False, or by `save_hf_dir`.
 
     Raises:
         CheckpointError: The model cannot be rebuilt from its name and arguments, so the file would not load.
@@ -56,6 +63,10 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         'steps': recipe.steps,
         'pretrained_cfg': {**cfg, 'num_classes': getattr(model, 'num_classes', None)},
     }
+    if packed:
+        tensors, header['packed'] = pack(tensors)
+    if not header.get('packed'):
+        header.pop('packed', None)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={'format': 'pt', _KEY: json.dumps(header)})
 
@@ -77,12 +88,14 @@ def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:
     recipe = Recipe(header['architecture'], header['model_args'], header['steps'])
     try:
         with safe_open(path, framework='pt') as f:
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+            packed = header.get('packed', {})
+            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
             _check_shapes(recipe, shapes, str(path))
             model = build(recipe)
-            incompatible = model.load_state_dict({k: f.get_tensor(k) for k in shapes}, strict=False)
-    except CheckpointError:
-        raise
+            incompatible = model.load_state_dict({
+                k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}, strict=False)
+    except CheckpointError as e:
+        raise e if str(path) in str(e) else CheckpointError(f'{path} cannot be loaded: {e}') from e
     except (LeanError, SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
         raise CheckpointError(f'{path} cannot be loaded: {e}') from e
     if incompatible.missing_keys or incompatible.unexpected_keys:
@@ -179,13 +192,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} has a damaged timm-lean header: {e}') from e
     expected = {'architecture': str, 'model_args': dict, 'steps': list, 'pretrained_cfg': dict}
     if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
-        version = header.get('format') if isinstance(header, dict) else header
-        raise CheckpointError(f'{path} has timm-lean format {version!r}; this version reads {FORMAT_VERSION}. '
+        version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
+        raise CheckpointError(f'{path} has timm-lean format {version}; this version reads {FORMAT_VERSION}. '
                               'Update timm-lean if the file is newer.')
     for key, kind in expected.items():
         if not isinstance(header.get(key), kind):
             raise CheckpointError(f'{path} has a damaged timm-lean header: {key!r} should be a {kind.__name__}, '
                                   f'got {str(header.get(key))[:100]!r}.')
+    if runtime := sorted(_RUNTIME_ARGS & header['model_args'].keys()):
+        raise CheckpointError(f'{path} has a damaged timm-lean header: {", ".join(runtime)} do not describe a network.')
     if header['architecture'] == LEAN_ENTRY or any(k in header['model_args'] for k in ('base', 'recipe')):
         raise CheckpointError(f'{path} has a damaged timm-lean header: steps belong in "steps".')
     return header
@@ -217,7 +232,8 @@ def _check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]], what: str)
             ('other shape', [f'{k} {list(shapes[k])} instead of {list(expected[k])}' for k in wrong]),
         ) if keys)
     raise CheckpointError(
-        f'{what} does not fit {recipe.architecture!r} with {recipe.model_args} and {len(recipe.steps)} steps: {found}.')
+        f'{what} does not fit {recipe.architecture!r} with {str(recipe.model_args)[:300]} and {len(recipe.steps)} steps: '
+        f'{found}.')
 
 
 @contextmanager

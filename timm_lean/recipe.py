@@ -66,7 +66,7 @@ def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
     """
     for step in steps:
         if not isinstance(step, dict) or not isinstance(step.get('op'), str):
-            raise LeanError(f'A recipe step must be an object with an "op", got {step!r}.')
+            raise LeanError(f'A recipe step must be an object with an "op", got {repr(step)[:100]}.')
         if step['op'] not in _STEPS:
             raise LeanError(f'Unknown recipe step {step["op"]!r}. This version knows: {", ".join(sorted(_STEPS))}.')
         arguments = {k: v for k, v in step.items() if k != 'op'}
@@ -90,9 +90,10 @@ def recipe_of(model: nn.Module) -> Recipe:
     args = get_model_args(model)
     if args.pop('features_only', False):
         raise LeanError('A features_only model cannot be saved by name. Save the classification model it comes from.')
+    base = args.pop('base', None)
+    args.pop('recipe', None)  # its steps are on the model
     if architecture == LEAN_ENTRY:
-        architecture = args.pop('base')
-        args.pop('recipe', None)  # its steps are on the model
+        architecture = base
     args = {k: v for k, v in args.items() if k not in ('pretrained_cfg', 'cache_dir')}
     try:
         args = json.loads(json.dumps(args))
@@ -117,5 +118,5 @@ def build(recipe: Recipe) -> nn.Module:
         raise
     except Exception as e:
         # timm's entry points raise whatever their constructors do; for the caller all of it is a bad recipe
-        raise LeanError(f'timm cannot create {recipe.architecture!r} with {recipe.model_args!r}: '
-                        f'{type(e).__name__}: {e}') from e
+        raise LeanError(f'timm cannot create {recipe.architecture!r} with {repr(recipe.model_args)[:300]}: '
+                        f'{type(e).__name__}: {str(e).partition(chr(10))[0]}') from e

@@ -90,6 +90,8 @@ class FilterBasis(nn.Module):
 class SharedBasisConv2d(nn.Module):
     """Convolution by [unique | shared] filters, optionally followed by BN and 1 x 1 coefficients.
 
+    With groups, where those of both banks agree, the order is [unique | shared] within each group.
+
     The whole chain `filters -> BN -> coefficients` is linear in eval mode and equals one dense convolution with bias
     (`dense_weight_bias`). Without coefficients and BN the layer is a plain convolution whose weight is shared
     ("Shared" and "Shared++" in the paper).
@@ -176,14 +178,15 @@ class SharedBasisConv2d(nn.Module):
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         unique, basis = self.unique, self.basis
-        if unique is not None and basis is not None:
-            if unique.groups == basis.groups == 1:
-                # Concatenating the weights is the same function as concatenating the outputs of two convolutions,
-                # without launching one for a handful of filters.
-                return self._conv(x, torch.cat([unique.weight, basis.weight]), 1)
-            return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in (unique, basis)], 1)
-        bank = self.banks()[0]
-        return self._conv(x, bank.weight, bank.groups)
+        if unique is None or basis is None:
+            bank = unique if unique is not None else basis
+            assert bank is not None
+            return self._conv(x, bank.weight, bank.groups)
+        if unique.groups == basis.groups:
+            # Concatenating the weights is the same function as concatenating the outputs of two convolutions, without
+            # launching one for a handful of filters.
+            return self._conv(x, _join(unique.weight, basis.weight, basis.groups), basis.groups)
+        return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in (unique, basis)], 1)
 
     def _conv(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, groups=groups)
@@ -198,10 +201,14 @@ class SharedBasisConv2d(nn.Module):
         """
         banks = self.banks()
         dtype = banks[0].weight.dtype
-        groups = banks[0].groups if len({b.groups for b in banks}) == 1 and len(banks) == 1 else 1
-        if isinstance(self.coeff, nn.Conv2d):
-            groups = 1  # the coefficients mix all groups
-        weight = torch.cat([_ungroup(b.weight.double(), b.groups, groups) for b in banks])
+        agree = len({b.groups for b in banks}) == 1
+        groups = banks[0].groups if agree and not isinstance(self.coeff, nn.Conv2d) else 1  # coefficients mix groups
+        weights = [b.weight.detach().double() for b in banks]
+        if agree:
+            joined = weights[0] if len(weights) == 1 else _join(weights[0], weights[1], banks[0].groups)
+            weight = _ungroup(joined, banks[0].groups, groups)
+        else:
+            weight = torch.cat([_ungroup(w, b.groups, 1) for w, b in zip(weights, banks, strict=True)])
         bias = None
         if not isinstance(self.bn, nn.Identity):
             scale, bias = bn_scale_shift(self.bn)
@@ -233,6 +240,12 @@ def bn_scale_shift(bn: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     scale = inv_std if bn.weight is None else bn.weight.double() * inv_std  # type: ignore[operator]
     shift = -bn.running_mean.double() * scale
     return scale, shift if bn.bias is None else shift + bn.bias.double()  # type: ignore[operator]
+
+
+def _join(unique: torch.Tensor, shared: torch.Tensor, groups: int) -> torch.Tensor:
+    """The filters of two banks of equal groups as one: unique before shared within each group."""
+    parts = [weight.unflatten(0, (groups, -1)) for weight in (unique, shared)]
+    return torch.cat(parts, 1).flatten(0, 1)
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from timm_lean.errors import LeanError
 from timm_lean.recipe import LEAN_ENTRY, Step, apply_steps
 
 default_cfgs = generate_default_cfgs({
-    'lean.untrained': {'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'license': 'apache-2.0'},
+    'lean.untrained': {'url': '', 'num_classes': -1, 'input_size': (3, 224, 224), 'license': 'apache-2.0'},
 })
 
 

@@ -56,13 +56,13 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedResN
     return build_model_with_cfg(SharedResNet, variant, pretrained, **kwargs)
 
 
-def _resnet34(variant: str, pretrained: bool, shared_rank: int, dual: bool, **kwargs: Any) -> SharedResNet:
+def _resnet34(variant: str, pretrained: bool, shared_rank: int, dual: bool, /, **kwargs: Any) -> SharedResNet:
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), shared_rank=shared_rank, unique_rank=1, dual=dual)
     return _create(variant, pretrained, **dict(model_args, **kwargs))
 
 
 def _bottleneck(
-        variant: str, pretrained: bool, layers: tuple[int, ...], shared_convs: tuple[str, ...], **kwargs: Any,
+        variant: str, pretrained: bool, layers: tuple[int, ...], shared_convs: tuple[str, ...], /, **kwargs: Any,
 ) -> SharedResNet:
     model_args = dict(block=Bottleneck, layers=layers, shared_convs=shared_convs)
     return _create(variant, pretrained, **dict(model_args, **kwargs))

@@ -230,13 +230,13 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNe
         CifarResNet, variant, pretrained, feature_cfg=dict(out_indices=tuple(range(len(channels) + 1))), **kwargs)
 
 
-def _thin(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> CifarResNet:
+def _thin(variant: str, pretrained: bool, depth: int, /, **kwargs: Any) -> CifarResNet:
     """Widths 16/32/64, depth 6n + 2, parameter-free shortcuts."""
     model_args = dict(layers=((depth - 2) // 6,) * 3, channels=(16, 32, 64), joint_init=True)
     return _create(variant, pretrained, **dict(model_args, **kwargs))
 
 
-def _wide(variant: str, pretrained: bool, layers: tuple[int, ...], **kwargs: Any) -> CifarResNet:
+def _wide(variant: str, pretrained: bool, layers: tuple[int, ...], /, **kwargs: Any) -> CifarResNet:
     """Widths 64..512, 1 x 1 convolution shortcuts."""
     model_args = dict(layers=layers, channels=(64, 128, 256, 512), conv_shortcut=True)
     return _create(variant, pretrained, **dict(model_args, **kwargs))
