@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers with one compute thread each use two cores better than two threads in one process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# MMDetection asks for opencv-python, which needs libGL from the system; the headless build needs nothing.
+HEADLESS = $(BIN)/python -c "import cv2" 2>/dev/null || { $(PIP) uninstall --quiet --yes opencv-python && \
+	$(PIP) install --quiet --constraint constraints.txt opencv-python-headless; }
 
 .PHONY: demo test test-all lint format clean
 
@@ -28,11 +31,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[mmdet]"
+	@$(HEADLESS)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,mmdet]"
+	@$(HEADLESS)
 	@touch $@ $(VENV)/.installed
 
 clean:

@@ -50,15 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     validate.add_argument('--amp', choices=['bf16', 'fp16'], default='')
     validate.add_argument('--json', action='store_true')
 
-    predict = command('predict', 'classes of images')
-    predict.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
+    predict = command('predict', 'classes of images, or objects in them by an exported detector')
+    predict.add_argument('model', help='timm name, checkpoint file, local-dir:DIR, or the folder of a detector')
     predict.add_argument('images', nargs='+', metavar='IMAGE')
     predict.add_argument('--top', type=int, default=5, help='classes shown (default 5)')
+    predict.add_argument('-o', '--output', metavar='FILE', help='detector: picture with boxes; a folder for several')
+    predict.add_argument('--score-thr', type=float, default=0.3, help='detector: least score of a box (default 0.3)')
     predict.add_argument('--device', default='auto')
     predict.add_argument('--json', action='store_true')
 
     export = command('export', 'write a checkpoint in another form')
     export.add_argument('model', help='checkpoint file or timm name')
+    export.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
+    export.add_argument('--det-config', metavar='FILE', help="detector checkpoint: its config, if it is a .pth")
     export.add_argument('--fold', action='store_true', help='fold shared bases into dense convolutions first')
     export.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     export.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
@@ -77,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command('demo', 'train, compare, export and reload on the embedded digits')
     demo.add_argument('--output', default='output/demo', help='folder for the results (default output/demo)')
     demo.add_argument('--epochs', type=int, default=8)
+    demo.add_argument(
+        '--detection', action=argparse.BooleanOptionalAction, help='with a detector (default: if installed)')
     return parser
 
 

@@ -1,5 +1,6 @@
 """What the commands of `timm-lean` do. Their arguments are in `timm_lean_cli`."""
 import argparse
+import importlib.util
 import json
 import sys
 import traceback
@@ -142,6 +143,9 @@ def _predict(args: argparse.Namespace) -> None:
     from .training.predict import predict
     if args.top < 1:
         raise LeanError(f'--top must be at least 1, got {args.top}.')
+    if (Path(args.model) / 'config.py').is_file():
+        _detect(args)
+        return
     model = load_any(args.model)
     results = predict(model, args.images, resolve_device(args.device), args.top)
     if args.json:
@@ -151,12 +155,29 @@ def _predict(args: argparse.Namespace) -> None:
         print(result['image'] + ': ' + ', '.join(f'{p["class"]} {100 * p["probability"]:.1f} %' for p in result['top']))
 
 
+def _detect(args: argparse.Namespace) -> None:
+    from .mmdet import predict_images
+    from .training.device import resolve_device
+    results = predict_images(args.model, args.images, args.output, args.score_thr, str(resolve_device(args.device)))
+    if args.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        boxes = ', '.join(f'{b["class"]} {100 * b["score"]:.1f} %' for b in result['boxes'])
+        print(f'{result["image"]}: {boxes or "nothing"}' + (f' -> {result["picture"]}' if result['picture'] else ''))
+
+
 def _export(args: argparse.Namespace) -> None:
+    if args.det_dir:
+        from .mmdet import export_detector
+        directory = export_detector(args.det_config, args.model, args.det_dir)
+        print(f'{directory}: timm_lean.mmdet.load_detector({str(directory)!r})')
+        return
     from .checkpoint import load_any, save_hf_dir, save_model
     from .export import fold
     from .report import count_params, human_bytes
     if not args.hf_dir and not args.output:
-        raise LeanError('Nothing to write: give --hf-dir DIR or -o FILE.')
+        raise LeanError('Nothing to write: give --hf-dir DIR or -o FILE, or --det-dir DIR for a detector.')
     if args.output and Path(args.output).suffix != '.safetensors':
         raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
     model = load_any(args.model).eval()
@@ -173,7 +194,16 @@ def _export(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from .demo import demo
+    detection = args.detection
+    if detection is None:
+        detection = importlib.util.find_spec('mmdet') is not None
     demo(Path(args.output), args.epochs)
+    if detection:
+        from .mmdet.demo import detection_demo
+        print('\nAnd a detector')
+        detection_demo(Path(args.output) / 'detection')
+    else:
+        print("MMDetection is not installed (pip install 'timm-lean[mmdet]'): the detector's part is left out.")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {

@@ -180,7 +180,7 @@ class CifarResNet(nn.Module):
             intermediates.append(x)
         stages = self._stages()
         for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
-            x = self._run_stages([stage], x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
             if i in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -202,16 +202,16 @@ class CifarResNet(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _run_stages(self, stages: list[nn.Sequential], x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(stages, x, flatten=True)
-        for stage in stages:
-            x = stage(x)
-        return x
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to features before pooling."""
-        return self._run_stages(self._stages(), self.act1(self.bn1(self.conv1(x))))
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self._stages(), x, flatten=True)
+        else:
+            for name, stage in self.named_children():  # TorchScript unrolls this loop, not one over a list
+                if name.startswith('layer'):
+                    x = stage(x)
+        return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features to logits `[B, num_classes]`, or to what the classifier would see."""
