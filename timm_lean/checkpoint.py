@@ -31,6 +31,8 @@ _KEY = 'timm_lean'
 _RUNTIME_ARGS = {
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'features_only', 'device',
     'dtype', 'scriptable', 'exportable', 'no_jit'}
+# No network has that many blocks or channels; timm allocates lists of such lengths before any module exists.
+_MAX_ARGUMENT = 1_000_000
 # A named network has a few modules per tensor; a file that asks for many more is not one we wrote.
 _MODULES_PER_TENSOR = 20
 
@@ -92,8 +94,8 @@ def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:
             shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
             _check_shapes(recipe, shapes, str(path))
             model = build(recipe)
-            incompatible = model.load_state_dict({
-                k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}, strict=False)
+            tensors = {k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}
+            incompatible = model.load_state_dict(tensors, strict=False)
     except CheckpointError as e:
         raise e if str(path) in str(e) else CheckpointError(f'{path} cannot be loaded: {e}') from e
     except (LeanError, SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
@@ -201,9 +203,21 @@ def read_header(path: str | Path) -> dict[str, Any]:
                                   f'got {str(header.get(key))[:100]!r}.')
     if runtime := sorted(_RUNTIME_ARGS & header['model_args'].keys()):
         raise CheckpointError(f'{path} has a damaged timm-lean header: {", ".join(runtime)} do not describe a network.')
+    if _largest_number(header['model_args']) > _MAX_ARGUMENT:
+        raise CheckpointError(
+            f'{path} has a damaged timm-lean header: a model argument is larger than {_MAX_ARGUMENT:,}.')
     if header['architecture'] == LEAN_ENTRY or any(k in header['model_args'] for k in ('base', 'recipe')):
         raise CheckpointError(f'{path} has a damaged timm-lean header: steps belong in "steps".')
     return header
+
+
+def _largest_number(value: Any) -> float:
+    """The largest magnitude of a number anywhere in plain data."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(map(_largest_number, value), default=0)
+    return abs(value) if isinstance(value, (int, float)) else 0
 
 
 def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:
@@ -232,8 +246,8 @@ def _check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]], what: str)
             ('other shape', [f'{k} {list(shapes[k])} instead of {list(expected[k])}' for k in wrong]),
         ) if keys)
     raise CheckpointError(
-        f'{what} does not fit {recipe.architecture!r} with {str(recipe.model_args)[:300]} and {len(recipe.steps)} steps: '
-        f'{found}.')
+        f'{what} does not fit {recipe.architecture!r} with {str(recipe.model_args)[:300]} and '
+        f'{len(recipe.steps)} steps: {found}.')
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def _listed(items: Iterable[str]) -> str:
 
 def _versions() -> dict[str, str]:
     """Installed distributions by normalized name."""
-    found = {}
+    found: dict[str, str] = {}
     for distribution in distributions():
         name = distribution.metadata['Name']
         if name:
@@ -106,7 +106,8 @@ def _duplicates(module: str, found: list[str], versions: dict[str, str]) -> list
         keep, remove = next((n for n in found if 'headless' in n), found[0]), ''
         remove = _listed(n for n in found if n != keep).replace(',', '')
     return [f'{_listed(found)} own the same folder {module}/, and whichever was installed last overwrote the other. '
-            f'Remove {remove}: pip uninstall {remove}; pip install --force-reinstall --no-deps {keep}=={versions[keep]}']
+            f'Remove {remove}: pip uninstall {remove}; '
+            f'pip install --force-reinstall --no-deps {keep}=={versions[keep]}']
 
 
 def _opencv_problem() -> list[str]:

@@ -3,7 +3,7 @@
     python tools/bench_regularizers.py --models resnet18 resnet50 --batch-size 32 --img-size 224
 
 Rounds are interleaved (every measurement once per round), so that a disturbance hits all of them alike; the table shows
-the median and the quartiles.
+the median and the quartiles. The two slow formulations come after the rounds.
 """
 import argparse
 import math
@@ -90,16 +90,18 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
         reg = create_regularizer(reg_name, **kwargs)
         label = ' '.join([reg_name, *kwargs.values()])
         works[label] = lambda reg=reg: reg(model).backward()
-    labels = [label for label in works if label != 'training step']  # the profiler chokes on the others' event counts
-    works['(a) adjacent, grouped conv'] = lambda: sum(map(adjacent_by_grouped_conv, weights)).backward()
+    labels = list(works)[1:]
 
     def clear() -> None:
         model.zero_grad(set_to_none=True)
 
     times = _interleaved(works, args.repeats, device, clear)
-    if args.direct_repeats:
-        times.update(_interleaved({'(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]},
-                                  args.direct_repeats, device, clear, warm_up=0))
+    # Two orders of magnitude slower, so measured after the rounds and less often.
+    slow: dict[str, Callable[[], Any]] = {
+        '(a) adjacent, grouped conv': lambda: sum(map(adjacent_by_grouped_conv, weights)).backward(),
+        '(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]}
+    if args.slow_repeats:
+        times.update(_interleaved(slow, args.slow_repeats, device, clear, warm_up=0))
     size = sum(w.numel() * w.element_size() for w in weights)
     base = statistics.median(times['training step'])
     rows = []
@@ -195,14 +197,14 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='timm names')
+    p.add_argument('--models', nargs='*', default=['resnet18', 'resnet50'], help='timm names')
     p.add_argument('--batch-size', type=int, default=32)
     p.add_argument('--img-size', type=int, default=224)
     p.add_argument('--widths', type=int, nargs='+', default=[64, 128, 256, 512, 1024])
     p.add_argument('--channels', type=int, default=128, help='channels in the growth measurement')
     p.add_argument('--repeats', type=int, default=20)
-    p.add_argument('--direct-repeats', type=int, default=1,
-                   help='repeats of the direct all-pairs on the models; 0: skip')
+    p.add_argument('--slow-repeats', type=int, default=1,
+                   help='repeats of the two other formulations on the models, which may take minutes; 0: skip')
     p.add_argument('--device', default='cpu')
     p.add_argument('--amp', action='store_true', help='bfloat16 autocast in the training step')
     p.add_argument('--threads', type=int, default=torch.get_num_threads())

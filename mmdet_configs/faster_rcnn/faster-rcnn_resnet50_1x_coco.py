@@ -1,0 +1,4 @@
+"""Faster R-CNN with ResNet-50 as backbone."""
+_base_ = '../_base_/faster_rcnn_1x_coco.py'
+
+model = dict(backbone=dict(model_name='resnet50'))

@@ -1,0 +1,4 @@
+"""Mask R-CNN with ResNet-34 as backbone."""
+_base_ = '../_base_/mask_rcnn_1x_coco.py'
+
+model = dict(backbone=dict(model_name='resnet34'))

@@ -1,0 +1,8 @@
+"""Mask R-CNN with ResNet-50 with one shared 3 x 3 and one shared last 1 x 1 convolution per stage as backbone."""
+_base_ = '../_base_/mask_rcnn_1x_coco.py'
+
+model = dict(backbone=dict(model_name='resnet50_sharedpp'))
+custom_hooks = [
+    dict(type='timm_lean.RegularizerHook', regularizers=[dict(type='basis_ortho', weight=10)]),
+    dict(type='timm_lean.SafetensorsHook'),
+]

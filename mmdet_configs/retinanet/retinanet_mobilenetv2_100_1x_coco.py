@@ -1,0 +1,4 @@
+"""RetinaNet with MobileNetV2 as backbone."""
+_base_ = '../_base_/retinanet_1x_coco.py'
+
+model = dict(backbone=dict(model_name='mobilenetv2_100'))

@@ -1,0 +1,321 @@
+"""Channel pruning: scores by hand, models that run, rebuild, and tell the truth about their channels."""
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import randomize_batchnorm
+
+from timm_lean import CheckpointError, LeanError, load_model, save_model
+from timm_lean.checkpoint import read_header, save_hf_dir
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.pruning import kernel_scores
+from timm_lean.recipe import Recipe, build, recipe_of
+
+tp = pytest.importorskip('torch_pruning')
+channels = pytest.importorskip('timm_lean.pruning.channels')
+prune_channels = channels.prune_channels
+SpectralImportance = channels.SpectralImportance
+
+
+def model_of(name: str, **kwargs) -> nn.Module:
+    return randomize_batchnorm(timm.create_model(name, **kwargs)).eval()
+
+
+def image(name: str = '') -> torch.Tensor:
+    return torch.randn(1, 3, *((32, 32) if 'cifar' in name else (64, 64)))
+
+
+# --- importance -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('criterion', ['spectral_norm', 'det', 'min_eig', 'weight'])
+def test_a_score_by_hand(criterion):
+    model = model_of('resnet18')
+    graph = tp.DependencyGraph().build_dependency(model, image())
+    conv = model.layer1[0].conv1
+    group = graph.get_pruning_group(conv, tp.prune_conv_out_channels, list(range(64)))
+    first = SpectralImportance(criterion, group_reduction='first', normalizer=None)(group)
+    torch.testing.assert_close(first, kernel_scores(conv.weight, criterion).sum(1).float())
+    total = SpectralImportance(criterion, group_reduction='sum', normalizer=None)(group)
+    reader = kernel_scores(model.layer1[0].conv2.weight, criterion).sum(0).float()
+    torch.testing.assert_close(total, first + reader)
+
+
+def test_weight_importance_equals_torch_prunings_own():
+    """mean |w| of 3 x 3 kernels is a ninth of the L1 norm that Torch-Pruning sums."""
+    model = model_of('resnet18')
+    graph = tp.DependencyGraph().build_dependency(model, image())
+    group = graph.get_pruning_group(model.layer2[1].conv1, tp.prune_conv_out_channels, list(range(128)))
+    for reduction in ('sum', 'mean', 'max', 'prod', 'first', 'gate'):
+        for normalizer in (None, 'sum', 'mean', 'max', 'gaussian', 'standarization', 'lamp'):
+            ours = SpectralImportance('weight', reduction, normalizer)(group)
+            scale = {None: 9 ** (2 if reduction == 'prod' else 1)}.get(normalizer, 1)
+            theirs = tp.importance.GroupMagnitudeImportance(
+                1, reduction, normalizer, target_types=[nn.modules.conv._ConvNd])(group)
+            torch.testing.assert_close(ours * scale, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_importance_works_in_torch_prunings_pruners():
+    model = model_of('resnet18')
+    pruner = tp.pruner.BasePruner(
+        model, image(), importance=SpectralImportance('spectral_radius'), pruning_ratio=0.5, ignored_layers=[model.fc],
+        in_channel_groups={}, out_channel_groups={}, num_heads={})
+    pruner.step()
+    assert model.layer1[0].conv1.weight.shape == (32, 32, 3, 3)
+    assert torch.isfinite(model(image())).all()
+
+
+def test_grouped_input_channels_are_scored_by_their_own_group():
+    conv = nn.Conv2d(8, 12, 3, groups=4)
+    values = SpectralImportance('weight')._channel_values(conv, tp.prune_conv_in_channels)
+    expected = torch.stack([kernel_scores(conv.weight, 'weight')[3 * (c // 2):3 * (c // 2) + 3, c % 2].sum()
+                            for c in range(8)])
+    torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(criterion='eigen'), 'Unknown pruning criterion'), (dict(group_reduction='median'), 'group_reduction'),
+    (dict(normalizer='l2'), 'normalizer')])
+def test_bad_importances(kwargs, words):
+    with pytest.raises(LeanError, match=words):
+        SpectralImportance(**kwargs)
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+FAST = ['resnet18', 'mobilenetv3_small_050', 'regnety_002', 'convnext_atto', 'resnet20_cifar']
+SLOW = [
+    'resnet50', 'resnet18d', 'wide_resnet50_2', 'resnext50_32x4d', 'seresnet50', 'resnetv2_50', 'resnest14d',
+    'densenet121', 'vgg11_bn', 'mobilenetv2_050', 'mobilenetv3_large_100', 'efficientnet_lite0', 'efficientnet_b0',
+    'tf_efficientnetv2_b0', 'regnetx_002', 'convnextv2_atto', 'repvgg_a0', 'ghostnet_050', 'dla34', 'hrnet_w18_small',
+    'cspresnet50', 'cspdarknet53', 'darknet53', 'xception41', 'mnasnet_small', 'fbnetc_100', 'hardcorenas_a',
+    'tinynet_e', 'semnasnet_075', 'selecsls42b', 'lcnet_050', 'dpn48b', 'resnet32_cifar_s16u1_dual',
+    'resnet50_sharedpp', 'resnet34_s48u1_dual', 'mobilenetv2_100_shared']
+
+
+@pytest.mark.parametrize('name', [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_family(name, tmp_path):
+    """Smaller, runs, rebuilds bit for bit, tells its channels, trains, and can be pruned again."""
+    model, x = model_of(name), image(name)
+    small = prune_channels(model, x, ratio=0.5)
+    report = small.channel_report
+    assert report.macs[1] < 0.9 * report.macs[0] or 'cifar' in name
+    assert report.params[1] < report.params[0]
+    out = small(x)
+    assert out.shape == (1, model.num_classes)
+    save_model(small, tmp_path / 'm.safetensors')
+    loaded = load_model(tmp_path / 'm.safetensors')
+    assert torch.equal(loaded(x), out)
+    levels = [entry['num_chs'] for entry in getattr(loaded.feature_info, 'info', loaded.feature_info)]
+    save_hf_dir(loaded, tmp_path / 'hf')
+    try:
+        features = timm.create_model(f'local-dir:{tmp_path}/hf', pretrained=True, features_only=True).eval()
+    except AttributeError:
+        features = None  # timm's feature getter needs forward_intermediates, which this family lacks
+    if features is not None:
+        assert [f.shape[1] for f in features(x)] == features.feature_info.channels() == levels
+    assert loaded.num_features == loaded.forward_features(x).shape[1]
+    loaded.reset_classifier(3)
+    assert loaded(x).shape == (1, 3)
+    small.train()
+    small(torch.cat([x, x])).square().mean().backward()
+    again = prune_channels(small, x, ratio=0.3, round_to=4)
+    assert again.channel_report.params[1] < report.params[1]
+    assert len([s for s in again.lean_steps if s['op'] == 'resize']) == 1
+    save_model(again, tmp_path / 'again.safetensors')
+    assert torch.equal(load_model(tmp_path / 'again.safetensors')(x), again.eval()(x))
+
+
+# --- what is removed --------------------------------------------------------------------------------------------------
+
+def test_the_channels_that_stay_are_the_best_and_keep_their_weights():
+    model, x = model_of('resnet18'), image()
+    small = prune_channels(model, x, 'spectral_norm', 0.5, group_reduction='first', normalizer=None)
+    conv, bn = model.layer3[1].conv1, model.layer3[1].bn1
+    best = kernel_scores(conv.weight, 'spectral_norm').sum(1).topk(128).indices.sort().values
+    stream = kernel_scores(model.layer3[0].conv2.weight, 'spectral_norm').sum(1)
+    kept = small.layer3[1].conv1.weight
+    assert kept.shape == (128, 128, 3, 3)
+    assert torch.equal(small.layer3[1].bn1.weight, bn.weight[best])
+    assert stream.shape == (256,)
+    sub = conv.weight[best]
+    columns = [int((sub - kept[:, c:c + 1]).flatten(2).abs().sum((0, 2)).argmin()) for c in range(128)]
+    assert torch.equal(kept, sub[:, columns])
+
+
+def test_channels_without_effect_leave_without_effect():
+    """What nobody reads has the lowest importance by readers, so pruning exactly that much keeps the outputs."""
+    model, x = model_of('resnet18'), image()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d) and m.in_channels > 3:
+                m.weight[:, ::2] = 0
+                m.weight[::2] = 0  # and the makers are weak too
+        model.fc.weight[:, ::2] = 0
+    small = prune_channels(model, x, ratio=0.5)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_global_pruning_meets_its_ratio_and_empties_nothing():
+    model, x = model_of('resnet18'), image()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.weight.mul_(torch.rand(m.out_channels, 1, 1, 1) * 10 / kernel_scores(m.weight, 'weight').sum(1).mean())
+        model.layer2[0].conv1.weight.mul_(1e-6)
+    small = prune_channels(model, x, 'weight', 0.4, global_pruning=True, round_to=1, max_ratio=0.8, normalizer=None,
+                           group_reduction='first')
+    assert small.layer2[0].conv1.out_channels == round(0.2 * 128)
+    assert len({m.out_channels / n.out_channels for m, n in zip(small.modules(), model.modules(), strict=True)
+                if isinstance(m, nn.Conv2d)}) > 3, 'layers lose different shares'
+
+
+def test_channel_counts_are_multiples_and_no_layer_is_emptied():
+    small = prune_channels(model_of('mobilenetv2_050'), image(), ratio=0.85, round_to=8)
+    widths = [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w % 8 == 0 and w >= 8 for w in widths)
+
+
+def test_iterative_pruning_ends_at_the_same_widths_and_calls_back():
+    model, x, calls = model_of('resnet20_cifar'), image('cifar'), []
+    one = prune_channels(model, x, ratio=0.5)
+    many = prune_channels(model, x, ratio=0.5, iterative_steps=3, between_steps=lambda m, step: calls.append(step))
+    assert calls == [1, 2]
+    assert [p.shape for p in one.parameters()] == [p.shape for p in many.parameters()]
+
+
+def test_ignored_layers_and_the_head_stay():
+    model, x = model_of('resnet18', num_classes=13), image()
+    small = prune_channels(model, x, ratio=0.5, ignored_layers='layer4.*.conv1|layer1')
+    assert small.layer4[0].conv1.out_channels == 512
+    assert small.layer1[0].conv1.out_channels == 64
+    assert small.layer3[0].conv1.out_channels == 128
+    assert small.fc.out_features == 13
+
+
+def test_the_given_model_is_unchanged():
+    model, x = model_of('resnet18').train(), image()
+    model.conv1.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    small = prune_channels(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and small.training
+    assert not small.conv1.weight.requires_grad and small.fc.weight.requires_grad
+    assert model.num_features == 512 and model.feature_info[-1]['num_chs'] == 512
+    assert not hasattr(model, 'lean_steps')
+
+
+@pytest.mark.parametrize('name', ['resnet34_s32u1', 'resnet50_sharedpp'])
+def test_shared_bases_stay_shared(name, tmp_path):
+    model, x = model_of(name), image()
+    small = prune_channels(model, x, ratio=0.5)
+    count = [len({id(m.basis) for m in net.modules() if isinstance(m, SharedBasisConv2d)}) for net in (model, small)]
+    assert count[0] == count[1] > 0
+    for m in small.modules():
+        if isinstance(m, SharedBasisConv2d):
+            assert all(bank.weight.shape[1] == bank.in_channels == m.in_channels for bank in m.banks())
+    save_model(small, tmp_path / 'm.safetensors')
+    loaded = load_model(tmp_path / 'm.safetensors')
+    assert torch.equal(loaded(x), small(x))
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in small.parameters())
+
+
+def test_a_pruned_model_learns():
+    model, x = prune_channels(model_of('resnet20_cifar'), image('cifar')).train(), torch.randn(8, 3, 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(model(x), torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+def test_a_fresh_process_rebuilds_without_torch_pruning(tmp_path):
+    model, x = prune_channels(model_of('resnet18'), image()), image()
+    save_model(model, tmp_path / 'm.safetensors')
+    torch.save((x, model(x)), tmp_path / 'io.pt')
+    code = ("import sys; sys.modules['torch_pruning'] = None; import torch, timm_lean; torch.set_num_threads(1);"
+            f"x, y = torch.load('{tmp_path}/io.pt');"
+            f"assert torch.equal(timm_lean.load_model('{tmp_path}/m.safetensors')(x), y); print('equal')")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == 'equal', done.stderr
+
+
+def test_another_head_on_a_loaded_model_is_saved_again(tmp_path):
+    model = prune_channels(model_of('resnet20_cifar'), image('cifar'))
+    save_model(model, tmp_path / 'a.safetensors')
+    other = load_model(tmp_path / 'a.safetensors', num_classes=3)
+    save_model(other, tmp_path / 'b.safetensors')
+    x = image('cifar')
+    assert torch.equal(load_model(tmp_path / 'b.safetensors')(x), other(x))
+
+
+def test_the_recipe_is_small_plain_data(tmp_path):
+    model = prune_channels(model_of('resnet18'), image())
+    recipe = recipe_of(model)
+    assert json.loads(json.dumps(recipe.steps)) == recipe.steps
+    assert recipe.steps[0]['modules']['layer1.0.conv1'] == {
+        'weight': [32, 32, None, None], 'in_channels': 32, 'out_channels': 32}
+    assert [p.shape for p in build(recipe).parameters()] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize('change', [
+    lambda s: s.update(modules=[]), lambda s: s.update(modules={'nowhere': {'out_channels': 3}}),
+    lambda s: s.update(modules={'conv1': 3}), lambda s: s['modules']['conv1'].update(weight=[0, None, None, None]),
+    lambda s: s['modules']['conv1'].update(weight=[10 ** 12, None, None, None]),
+    lambda s: s['modules']['conv1'].update(weight=[8, 3]), lambda s: s['modules']['conv1'].update(weight=['8'] * 4),
+    lambda s: s['modules']['conv1'].update(out_channels='8'), lambda s: s['modules']['conv1'].update(forward=3),
+    lambda s: s['modules']['conv1'].update(_modules=3), lambda s: s['modules']['conv1'].update(training=0),
+    lambda s: s['modules']['conv1'].update(bias=[10 ** 12]), lambda s: s.update(feature_channels=[1]),
+    lambda s: s.update(feature_channels='x'), lambda s: s.update(extra=1), lambda s: s['modules'].pop('conv1')])
+def test_damaged_steps_are_refused(change, tmp_path):
+    model = prune_channels(model_of('resnet18'), image())
+    recipe = recipe_of(model)
+    step = copy.deepcopy(recipe.steps[0])
+    change(step)
+    path = tmp_path / 'm.safetensors'
+    save_model(model, path)
+    header = read_header(path)
+    from safetensors.torch import load_file, save_file
+    save_file(load_file(path), path, metadata={'timm_lean': json.dumps({**header, 'steps': [step]})})
+    with pytest.raises(CheckpointError):
+        load_model(path)
+    with pytest.raises((LeanError, CheckpointError, RuntimeError)):
+        Recipe(recipe.architecture, recipe.model_args, [step])
+        load_model(path)
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(ratio=1), 'below 1 .1 would empty'), (dict(ratio=0), 'above 0'), (dict(ratio=float('nan')), 'got nan'),
+    (dict(ratio=0.95), 'max_ratio'), (dict(max_ratio=1), 'max_ratio'), (dict(round_to=0), 'round_to'),
+    (dict(iterative_steps=0), 'iterative_steps'), (dict(criterion='eigen'), 'Unknown pruning criterion'),
+    (dict(ignored_layers='stem*'), 'matches no module'), (dict(ignored_layers='*'), 'no channels to prune')])
+def test_bad_input(kwargs, words):
+    with pytest.raises(LeanError, match=words):
+        prune_channels(model_of('resnet20_cifar'), image('cifar'), **kwargs)
+
+
+def test_models_that_cannot_be_pruned_say_why():
+    with pytest.raises(LeanError, match='cannot trace'):
+        prune_channels(model_of('resnet20_cifar'), torch.randn(1, 5, 32, 32))
+    with pytest.raises(LeanError, match='image batch'):
+        prune_channels(model_of('resnet20_cifar'), torch.randn(3, 32, 32))
+    with pytest.raises(LeanError, match='ECA'):
+        prune_channels(model_of('ecaresnet26t'), image())
+    with pytest.raises(LeanError, match='code fixes'):
+        prune_channels(model_of('skresnet18'), image())
+    model = model_of('resnet20_cifar')
+    with torch.no_grad():
+        model.conv1.weight[0] = float('nan')
+    with pytest.raises(LeanError, match='finite'):
+        prune_channels(model, image('cifar'))

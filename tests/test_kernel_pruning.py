@@ -1,0 +1,406 @@
+"""Kernel pruning: the right kernels go, they stay gone, and the model remains an ordinary model."""
+import copy
+import logging
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import randomize_batchnorm
+from timm.utils import ModelEmaV3
+
+from timm_lean import LeanError, load_model, save_model
+from timm_lean.checkpoint import save_hf_dir
+from timm_lean.layers import FilterBasis
+from timm_lean.pruning import CRITERIA, KernelPruner, PruneSchedule, kernel_scores, plot_report, prune_kernels
+from timm_lean.recipe import recipe_of
+
+
+def thin(**kwargs) -> nn.Module:
+    return randomize_batchnorm(timm.create_model('resnet20_cifar', **kwargs))
+
+
+def dead(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: (m.weight == 0).flatten(2).all(2) for name, m in model.named_modules()
+            if isinstance(m, (nn.Conv2d, FilterBasis))}
+
+
+def share(model: nn.Module) -> float:
+    masks = dead(model).values()
+    return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, pruner: KernelPruner | None = None,
+          ) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(4, 3, 16, 16, generator=generator)
+        loss = F.cross_entropy(model(x), torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if pruner is not None:
+            pruner.step()
+
+
+# --- which kernels ----------------------------------------------------------------------------------------------------
+
+def numpy_value(kernel: np.ndarray, criterion: str) -> float:
+    """The definitions again, by numpy."""
+    k = kernel.astype(np.float64)
+    eigenvalues = np.linalg.eigvals(k)
+    return {
+        'det': lambda: abs(np.linalg.det(k)), 'det_gram': lambda: np.linalg.det(k) ** 2,
+        'min_eig': lambda: np.abs(eigenvalues).min(), 'min_eig_real': lambda: np.abs(eigenvalues.real).min(),
+        'spectral_radius': lambda: np.abs(eigenvalues).max(),
+        'spectral_radius_real': lambda: np.abs(eigenvalues.real).max(),
+        'spectral_norm': lambda: np.linalg.norm(k, 2), 'weight': lambda: np.abs(k).mean(),
+    }[criterion]()
+
+
+@pytest.mark.parametrize('criterion', CRITERIA)
+def test_threshold_prunes_what_the_paper_prunes(criterion):
+    model = thin()
+    conv = model.layer1[0].conv1
+    with torch.no_grad():  # kernels of very different size around the threshold
+        conv.weight.mul_(torch.logspace(-6, 0, 256).view(16, 16, 1, 1))
+    kernels = conv.weight.detach().flatten(0, 1).numpy()
+    limit = {'det': 1e-4 ** 3, 'det_gram': 1e-4 ** 6}.get(criterion, 1e-4)
+    expected = [numpy_value(k, criterion) < limit for k in kernels]
+    KernelPruner(model, criterion, threshold=1e-4, min_keep=0).prune()
+    found = dead(model)['layer1.0.conv1'].flatten().tolist()
+    assert found == expected
+    assert 10 < sum(expected) < 250
+
+
+@pytest.mark.parametrize('criterion', [*CRITERIA, 'trace', 'random'])
+@pytest.mark.parametrize('scope', ['global', 'layer', 'filter'])
+def test_amount_is_met_exactly(criterion, scope):
+    model = thin()
+    counts = {name: m.shape for name, m in dead(model).items()}
+    report = KernelPruner(model, criterion, amount=0.6, scope=scope, min_keep=0).prune()
+    masks = dead(model)
+    if scope == 'global':
+        assert report.pruned == int(0.6 * report.kernels) == sum(int(m.sum()) for m in masks.values())
+    for name, (n, c) in counts.items():
+        if scope == 'layer':
+            assert int(masks[name].sum()) == int(0.6 * n * c + 1e-9)
+        if scope == 'filter':
+            assert (masks[name].sum(1) == int(0.6 * c + 1e-9)).all()
+
+
+def test_global_amount_takes_the_lowest_of_all_layers():
+    model = thin()
+    values = {name: m.weight.detach().flatten(2).norm(dim=2) for name, m in model.named_modules()
+              if isinstance(m, nn.Conv2d)}
+    before = {name: kernel_scores(m.weight, 'weight') for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    prune_kernels(model, 'weight', amount=0.3, min_keep=0)
+    masks = dead(model)
+    highest = max(float(before[k][masks[k]].max()) for k in masks if masks[k].any())
+    lowest = min(float(before[k][~masks[k]].min()) for k in masks)
+    assert highest <= lowest
+    assert set(values) == set(masks)
+
+
+def test_determinants_of_different_kernel_sizes_are_compared_by_root():
+    """5 x 5 kernels of the same scale as 3 x 3 ones have far smaller determinants; they must not all go first."""
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, 1)
+    model = Two()
+    for m in model.children():
+        nn.init.normal_(m.weight, 0, 1e-2)
+    report = prune_kernels(model, 'det', amount=0.5, min_keep=0)
+    assert all(0.1 < layer.pruned / layer.kernels < 0.9 for layer in report.layers)
+
+
+def test_contrib_is_the_share_of_the_filters_total():
+    model = thin()
+    conv = model.layer2[1].conv2
+    with torch.no_grad():
+        conv.weight[:, :5] *= 1e-5
+        conv.weight[7] *= 1e-9  # a small filter with even kernels contributes evenly
+        conv.weight[9] = 0
+    value = kernel_scores(conv.weight, 'spectral_norm')
+    expected = value / value.sum(1, keepdim=True) < 1e-3
+    expected[9] = True
+    prune_kernels(model, 'spectral_norm', contrib=1e-3, min_keep=0)
+    assert torch.equal(dead(model)['layer2.1.conv2'], expected)
+    assert expected[7, 5:].sum() == 0
+
+
+def test_random_depends_on_the_seed_only():
+    masks = []
+    for seed in (0, 0, 1):
+        model = thin()
+        prune_kernels(model, 'random', amount=0.5, seed=seed, min_keep=0)
+        masks.append(torch.cat([m.flatten() for m in dead(model).values()]))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_ignored_layers_are_not_touched():
+    model = thin()
+    before = copy.deepcopy(model.state_dict())
+    prune_kernels(model, 'weight', amount=0.9, ignore='conv1|layer3.*')
+    assert not dead(model)['conv1'].any()
+    assert torch.equal(model.layer3[0].conv1.weight, before['layer3.0.conv1.weight'])
+    assert dead(model)['layer1.0.conv1'].float().mean() > 0.5
+
+
+def test_min_keep_keeps_the_best_and_says_so(caplog):
+    model = thin()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(1e-6)
+    best = kernel_scores(model.layer1[0].conv1.weight, 'weight').flatten().topk(26).indices
+    with caplog.at_level(logging.WARNING):
+        report = prune_kernels(model, 'weight', threshold=1e-4, min_keep=0.1)
+    layer = next(x for x in report.layers if x.name == 'layer1.0.conv1')
+    assert layer.pruned == 256 - 26
+    assert layer.kept_by_bound == 26
+    assert report.bounded == ['layer1.0.conv1']
+    assert 'min_keep=0.1 kept 26 kernels in 1 layers' in caplog.text
+    assert 'min_keep kept 26' in str(report)
+    assert not dead(model)['layer1.0.conv1'].flatten()[best].any()
+
+
+def test_shared_bases_are_pruned_once():
+    model = randomize_batchnorm(timm.create_model('resnet32_cifar_s16u1'))
+    report = prune_kernels(model, 'spectral_norm', amount=0.5)
+    names = [layer.name for layer in report.layers]
+    assert sum('basis' in name for name in names) == 3
+    assert any('unique' in name for name in names) and any('coeff' in name for name in names)
+    assert report.share == pytest.approx(0.5, abs=0.01)
+
+
+def test_grouped_and_depthwise_convolutions():
+    model = timm.create_model('mobilenetv2_035')
+    report = prune_kernels(model, 'spectral_norm', amount=0.4, scope='layer')
+    assert report.share == pytest.approx(0.4, abs=0.01)
+    assert torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
+
+
+# --- they stay gone ---------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    'sgd': lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2),
+    'nesterov': lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    'adamw': lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    'rmsprop': lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('attach', [True, False])
+def test_momentum_and_weight_decay_revive_nothing(name, attach):
+    model = thin()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer)  # momentum is under way
+    pruner = KernelPruner(model, 'spectral_norm', amount=0.7)
+    if attach:
+        pruner.attach(optimizer)
+    pruner.prune()
+    masks, live = dead(model), model.layer1[0].conv1.weight.detach().clone()
+    train(model, optimizer, 5, None if attach else pruner)
+    assert all(torch.equal(m, masks[k]) for k, m in dead(model).items())
+    assert not torch.equal(live, model.layer1[0].conv1.weight), 'the others are trained'
+    pruner.detach()
+    train(model, optimizer, 1)
+    if attach:
+        assert share(model) < 0.1, 'the test would notice a revival'
+
+
+def test_under_amp_with_a_grad_scaler():
+    model = thin()
+    optimizer = OPTIMIZERS['sgd'](model.parameters())
+    pruner = KernelPruner(model, 'weight', amount=0.5)
+    pruner.attach(optimizer)
+    pruner.prune()
+    scaler = torch.amp.GradScaler('cpu')
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(torch.randn(4, 3, 16, 16)).float().square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert share(model) == pytest.approx(0.5, abs=0.001)
+
+
+def test_an_ema_follows():
+    model = thin()
+    ema = ModelEmaV3(model, decay=0.9)
+    optimizer = OPTIMIZERS['sgd'](model.parameters())
+    pruner = KernelPruner(model, 'weight', amount=0.6)
+    pruner.follow(ema.module)
+    pruner.prune()
+    for _ in range(3):
+        train(model, optimizer, 1)
+        ema.update(model)
+        pruner.step()
+    assert share(ema.module) == pytest.approx(0.6, abs=0.001)
+    assert ema.module.lean_steps == model.lean_steps
+    with pytest.raises(LeanError, match='copy of the pruned model'):
+        pruner.follow(nn.Linear(2, 2))
+
+
+def test_resuming_continues_the_same_run():
+    """Interrupted after 3 epochs and resumed, a run ends with the same weights as one that was not interrupted."""
+    def start():
+        torch.manual_seed(1)
+        model = thin()
+        optimizer = OPTIMIZERS['sgd'](model.parameters())
+        pruner = KernelPruner(model, 'spectral_norm', amount=0.8, schedule='cubic', begin=1, end=5)
+        pruner.attach(optimizer)
+        return model, optimizer, pruner
+
+    def run(model, optimizer, pruner, epochs):
+        for epoch in epochs:
+            pruner.set_progress(epoch)
+            torch.manual_seed(epoch)
+            train(model, optimizer, 2)
+
+    whole = start()
+    run(*whole, range(6))
+    first = start()
+    run(*first, range(3))
+    saved = copy.deepcopy([part.state_dict() for part in first])
+    second = start()
+    for part, state in zip(second, saved, strict=True):
+        part.load_state_dict(state)
+    run(*second, range(3, 6))
+    for (k, a), b in zip(whole[0].state_dict().items(), second[0].state_dict().values(), strict=True):
+        assert torch.equal(a, b), k
+    assert share(whole[0]) == pytest.approx(0.8, abs=0.001)
+    assert second[0].lean_steps == whole[0].lean_steps
+
+
+def test_a_pruned_model_is_an_ordinary_model(tmp_path):
+    model = thin().eval()
+    keys = list(model.state_dict())
+    prune_kernels(model, 'spectral_norm', amount=0.5)
+    assert list(model.state_dict()) == keys
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    save_model(model, tmp_path / 'm.safetensors')
+    loaded = load_model(tmp_path / 'm.safetensors')
+    assert torch.equal(loaded(x), expected)
+    assert recipe_of(loaded) == recipe_of(model)
+    save_hf_dir(model, tmp_path / 'hf')
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/hf', pretrained=True).eval()(x), expected)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+def test_schedules_by_hand():
+    assert [PruneSchedule('linear', 10, 14).due(p) for p in (0, 9.99, 10, 10.5, 11, 13, 14, 100)] == [
+        0, 0, 1, 1, 2, 4, 4, 4]
+    assert [PruneSchedule('linear', 0, 4).amount(k, 0.8) for k in range(1, 5)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert [PruneSchedule('cubic', 0, 2).amount(k, 0.8) for k in (1, 2)] == pytest.approx([0.8 * 7 / 8, 0.8])
+    assert [PruneSchedule('exponential', 0, 2).amount(k, 0.75) for k in (1, 2)] == pytest.approx([0.5, 0.75])
+    assert PruneSchedule('one_shot', 3).due(2.9) == 0
+    assert PruneSchedule('one_shot', 3).amount(PruneSchedule('one_shot', 3).due(3), 0.7) == 0.7
+    assert PruneSchedule('cubic', 0, 1000, every=100).updates == 10
+    fractions = PruneSchedule('linear', 0, 1, every=0.1)
+    assert [fractions.due(i / 10) for i in range(11)] == [*range(1, 11), 10]
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cubic', 'exponential'])
+def test_iterative_pruning_reaches_its_amount_and_never_goes_back(schedule):
+    model = thin()
+    optimizer = OPTIMIZERS['sgd'](model.parameters())
+    pruner = KernelPruner(model, 'weight', amount=0.75, schedule=schedule, begin=1, end=4)
+    pruner.attach(optimizer)
+    shares, masks = [], dead(model)
+    for epoch in range(6):
+        assert pruner.set_progress(epoch) == (1 <= epoch < 4)
+        assert not pruner.set_progress(epoch + 0.5), 'between updates nothing changes'
+        train(model, optimizer, 1)
+        now = dead(model)
+        assert all((masks[k] <= now[k]).all() for k in masks)
+        masks = now
+        shares.append(share(model))
+    expected = [PruneSchedule(schedule, 1, 4).amount(k, 0.75) for k in (0, 1, 2, 3, 3, 3)]
+    assert shares == pytest.approx(expected, abs=0.001)
+
+
+# --- pruning again, and reports ---------------------------------------------------------------------------------------
+
+def test_pruning_twice_by_accident_is_refused(tmp_path):
+    model = thin()
+    prune_kernels(model, 'weight', amount=0.5)
+    save_model(model, tmp_path / 'm.safetensors')
+    loaded = load_model(tmp_path / 'm.safetensors')
+    with pytest.raises(LeanError, match=r'pruned before.*again=True'):
+        prune_kernels(loaded, 'weight', amount=0.5)
+    before = dead(loaded)
+    prune_kernels(loaded, 'spectral_norm', amount=0.7, again=True)
+    assert share(loaded) == pytest.approx(0.7, abs=0.001)
+    assert all((before[k] <= m).all() for k, m in dead(loaded).items())
+
+
+def test_report_counts(tmp_path):
+    model = thin()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[3:5] = 0
+    report = KernelPruner(model, 'weight', amount=0.1).report
+    assert report.pruned == 2 * 16
+    assert sum(layer.dead_filters for layer in report.layers) == 2
+    text = str(report)
+    assert 'layer1.0.conv1' in text and '2 of 16' in text and text.splitlines()[-1].startswith('all')
+    plot_report(report, tmp_path / 'p.png')
+    assert (tmp_path / 'p.png').stat().st_size > 1000
+    with pytest.raises(LeanError, match='cannot be written'):
+        plot_report(report, tmp_path / 'none' / 'p.png')
+
+
+def _with_nan() -> nn.Module:
+    model = thin()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[0, 0, 0, 0] = float('nan')
+    return model
+
+
+@pytest.mark.parametrize('make, kwargs, words', [
+    (thin, dict(criterion='eigen', amount=0.5), 'Unknown pruning criterion'),
+    (thin, dict(), 'exactly one of threshold, contrib and amount, got none'),
+    (thin, dict(amount=0.5, threshold=1e-4), 'exactly one.*threshold'),
+    (thin, dict(amount=1), 'below 1, got 1'),
+    (thin, dict(amount=-0.1), 'at least 0 and below 1, got -0.1'),
+    (thin, dict(amount=float('nan')), 'got nan'),
+    (thin, dict(threshold=-1), 'at least 0, got -1'),
+    (thin, dict(contrib=float('nan')), 'got nan'),
+    (thin, dict(criterion='random', threshold=1e-4), 'random.*no threshold'),
+    (thin, dict(amount=0.5, scope='stage'), 'Unknown pruning scope'),
+    (thin, dict(amount=0.5, min_keep=2), 'min_keep must be between 0 and 1'),
+    (thin, dict(amount=0.5, schedule='quadratic', end=3), 'Unknown pruning schedule'),
+    (thin, dict(amount=0.5, schedule='cubic'), 'needs an end'),
+    (thin, dict(amount=0.5, schedule='cubic', begin=3, end=2), 'end after its begin'),
+    (thin, dict(amount=0.5, schedule='cubic', begin=-1, end=2), 'begin at 0 or later'),
+    (thin, dict(amount=0.5, schedule='cubic', end=2, every=0), 'positive distance'),
+    (thin, dict(amount=0.5, end=2), 'one_shot.*leave out'),
+    (thin, dict(threshold=1e-4, schedule='cubic', end=2), 'needs an amount'),
+    (thin, dict(amount=0.5, ignore='stem.*'), "ignore|exclude='stem.*' matches no convolution"),
+    (_with_nan, dict(amount=0.5), r'layer1\.0\.conv1.*not all finite'),
+    (lambda: nn.Linear(2, 2), dict(amount=0.5), 'Linear has none'),
+    (lambda: nn.Sequential(nn.Conv2d(2, 2, (1, 3))), dict(criterion='det', amount=0.5),
+     "0: .*square kernels, got 1 x 3.*ignore='0'"),
+])
+def test_bad_input(make, kwargs, words):
+    with pytest.raises(LeanError, match=words):
+        KernelPruner(make(), **kwargs)
+
+
+def test_nan_weights_during_training_are_an_error():
+    model = thin()
+    pruner = KernelPruner(model, amount=0.5)
+    with torch.no_grad():
+        model.conv1.weight.fill_(float('inf'))
+    with pytest.raises(LeanError, match='not all finite'):
+        pruner.set_progress(0)

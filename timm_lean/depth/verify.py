@@ -1,0 +1,248 @@
+"""The claim, checked: a sweep over depth at equal budget, with the bound drawn in.
+
+https://arxiv.org/abs/2106.14190 claims that networks deeper than the data's entropy calls for train longer and are no
+more accurate. For each depth the family's member of equal budget is trained with several seeds; accuracy, time per
+epoch and the share of near-identity residual blocks are put against depth.
+"""
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+
+from timm_lean.checkpoint import load_model
+from timm_lean.errors import LeanError, PackageMissingError
+from timm_lean.fileio import atomic_file, writable_dir
+from timm_lean.report import count_params
+from timm_lean.training import TrainConfig, train
+from timm_lean.training.data import create_eval_loader, open_dataset
+
+from .conv_depth import conv_depth
+from .family import Budget, bounded_model, default_baseline, describe_member
+from .identity import identity_ratios, near_identity_share
+
+__all__ = ['Run', 'Sweep', 'compare', 'run_sweep', 'summarize', 'verify_command']
+
+_IDENTITY_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Settings of a depth sweep.
+
+    Attributes:
+        bound: The depth bound that is checked.
+        depths: Depths to train; the family's members may be a little shallower.
+        seeds: Seeds; each trains every depth.
+        family: Family of the networks.
+        budget: Cost of every network; the parameters of the default baseline if None.
+        num_classes: Number of classes.
+        train: Settings of every run, without model, seed and output.
+        output: Folder for runs and results; a sweep that was stopped continues there.
+    """
+    bound: int
+    depths: Sequence[int]
+    seeds: Sequence[int]
+    family: str
+    budget: str | None
+    num_classes: int
+    train: TrainConfig
+    output: str
+
+
+@dataclass
+class Run:
+    """One trained network."""
+    depth: int
+    seed: int
+    params: int
+    top1: float
+    epoch_seconds: float
+    near_identity: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+
+
+def default_depths(bound: int, least: int) -> list[int]:
+    """Depths around a bound, from a quarter of it to three times."""
+    return sorted({max(least, round(bound * f)) for f in (0.25, 0.5, 1, 1.5, 2, 3)})
+
+
+def run_sweep(sweep: Sweep) -> list[Run]:
+    """Train every depth with every seed; the seeds are the outer loop, so that slow hours fall on all depths alike.
+
+    Raises:
+        LeanError: Settings that cannot be met.
+    """
+    folder = writable_dir(sweep.output)
+    done_file = folder / 'runs.json'
+    ignored = ('output', 'depths', 'seeds')
+    settings = json.loads(json.dumps({k: v for k, v in asdict(sweep).items() if k not in ignored}))
+    runs: list[Run] = []
+    if done_file.exists():
+        stored = json.loads(done_file.read_text())
+        if stored['settings'] != settings:
+            raise LeanError(f'{folder} holds a sweep with other settings. Choose another output folder.')
+        runs = [Run(**r) for r in stored['runs']]
+    size = sweep.train.img_size or 32
+    done = {(r.depth, r.seed) for r in runs}
+    for seed in sweep.seeds:
+        for depth in sweep.depths:
+            name, arguments = describe_member(sweep.family, depth, sweep.budget, sweep.num_classes, size)
+            model = bounded_model(sweep.family, depth, sweep.budget, sweep.num_classes, size)
+            real = conv_depth(model, (3, size, size))
+            if (real, seed) in done:
+                continue
+            done.add((real, seed))
+            output = folder / f'depth{real}_seed{seed}'
+            config = replace(
+                sweep.train, model=name, seed=seed, output=str(output), resume=output.exists(),
+                model_args={k: v for k, v in arguments.items() if k != 'num_classes'})
+            last = train(config)['last']
+            with open(output / 'summary.csv', newline='') as f:
+                seconds = [float(row['seconds']) for row in csv.DictReader(f)]
+            ratios = _ratios(output / 'last.safetensors', config)
+            runs.append(Run(real, seed, count_params(model), last['eval_top1'], statistics.median(seconds),
+                            near_identity_share(ratios) if ratios else None, ratios))
+            with atomic_file(done_file) as temporary:
+                temporary.write_text(json.dumps({'settings': settings, 'runs': list(map(asdict, runs))}, indent=1))
+    return runs
+
+
+def _ratios(checkpoint: Path, config: TrainConfig) -> dict[str, float]:
+    model = load_model(checkpoint)
+    data_config = resolve_data_config({}, model=model)
+    dataset = open_dataset(config.data, config.data_dir, 'eval', img_size=data_config['input_size'][-1],
+                           limit=_IDENTITY_IMAGES)
+    try:
+        return identity_ratios(model, create_eval_loader(dataset, data_config, 128, torch.device('cpu'), workers=0))
+    except LeanError:
+        return {}  # the shallowest networks have no block with an identity shortcut
+
+
+def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per depth: means over the seeds."""
+    rows = []
+    for depth in sorted({r.depth for r in runs}):
+        group = [r for r in runs if r.depth == depth]
+        shares = [r.near_identity for r in group if r.near_identity is not None]
+        ratios = [v for r in group for v in r.ratios.values()]
+        rows.append({
+            'depth': depth, 'params': group[0].params, 'seeds': len(group),
+            'top1': statistics.mean(r.top1 for r in group),
+            'top1_std': statistics.stdev(r.top1 for r in group) if len(group) > 1 else 0.,
+            'epoch_seconds': statistics.median(r.epoch_seconds for r in group),
+            'near_identity': statistics.mean(shares) if shares else None,
+            'median_ratio': statistics.median(ratios) if ratios else None,
+        })
+    return rows
+
+
+def compare(runs: Sequence[Run], bound: int) -> list[dict[str, Any]]:
+    """The deepest network within the bound against every deeper one, paired by seed.
+
+    Returns:
+        For each deeper network the accuracy of the bounded one minus its own in points, the p-value of scipy's paired
+        t-test (None for fewer than two seeds or no variation), and the share of the time per epoch saved.
+    """
+    try:
+        from scipy.stats import ttest_rel
+    except ImportError as e:
+        raise PackageMissingError('The paired test needs scipy. Install it: pip install scipy.') from e
+    within = [r.depth for r in runs if r.depth <= bound]
+    if not within:
+        return []
+    chosen = {r.seed: r for r in runs if r.depth == max(within)}
+    rows = []
+    for depth in sorted({r.depth for r in runs if r.depth > bound}):
+        pairs = [(chosen[r.seed], r) for r in runs if r.depth == depth and r.seed in chosen]
+        if not pairs:
+            continue
+        differences = [a.top1 - b.top1 for a, b in pairs]
+        p = None
+        if len(pairs) > 1 and len(set(differences)) > 1:
+            p = float(ttest_rel([a.top1 for a, _ in pairs], [b.top1 for _, b in pairs]).pvalue)
+        rows.append({
+            'bounded': max(within), 'deeper': depth, 'seeds': len(pairs), 'difference': statistics.mean(differences),
+            'p': p, 'time_saved': 1 - statistics.median(a.epoch_seconds / b.epoch_seconds for a, b in pairs)})
+    return rows
+
+
+def format_sweep(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]], bound: int) -> str:
+    """The sweep as a Markdown table and sentences."""
+    lines = [f'bound: {bound} convolution layers', '',
+             '| conv depth | params | top-1 % (mean ± std, seeds) | s / epoch | near-identity blocks | median F(x)/x |',
+             '|---|---|---|---|---|---|']
+    for r in rows:
+        share = '-' if r['near_identity'] is None else f'{100 * r["near_identity"]:.0f} %'
+        ratio = '-' if r['median_ratio'] is None else f'{r["median_ratio"]:.2f}'
+        within = ' (within)' if r['depth'] <= bound else ''
+        top1 = f'{r["top1"]:.2f} ± {r["top1_std"]:.2f} ({r["seeds"]})'
+        lines.append(f'| {r["depth"]}{within} | {r["params"]:,} | {top1} | {r["epoch_seconds"]:.2f} | {share} | {ratio} |')
+    lines.append('')
+    for c in comparisons:
+        p = 'no test with so few seeds' if c['p'] is None else f'p = {c["p"]:.3f}'
+        lines.append(f'- depth {c["bounded"]} minus depth {c["deeper"]}: {c["difference"]:+.2f} points ({p}, '
+                     f'{c["seeds"]} seeds), {100 * c["time_saved"]:.0f} % of the time per epoch saved')
+    return '\n'.join(lines)
+
+
+def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
+    """Accuracy, time per epoch and the blocks' ratios against depth, the bound as a line."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    rows = summarize(runs)
+    depths = [r['depth'] for r in rows]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    axes[0].errorbar(depths, [r['top1'] for r in rows], [r['top1_std'] for r in rows], marker='o', capsize=3)
+    axes[0].set_ylabel('top-1 %')
+    axes[1].plot(depths, [r['epoch_seconds'] for r in rows], marker='o')
+    axes[1].set_ylabel('seconds per epoch')
+    for r in runs:
+        axes[2].scatter([r.depth] * len(r.ratios), list(r.ratios.values()), s=8, color='tab:blue', alpha=0.5)
+    axes[2].set_ylabel('‖F(x)‖ / ‖x‖ of each block')
+    for axis in axes:
+        axis.set_xlabel('convolutions on the longest path')
+        axis.axvline(bound, color='tab:red', linestyle='--', label=f'bound {bound}')
+        axis.legend()
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
+    plt.close(figure)
+
+
+def report_sweep(runs: Sequence[Run], bound: int, folder: str | Path) -> dict[str, Any]:
+    """Rows, comparisons, the text of both, and `sweep.png`, `sweep.json` in the folder."""
+    rows, comparisons = summarize(runs), compare(runs, bound)
+    result = {'rows': rows, 'comparisons': comparisons, 'text': format_sweep(rows, comparisons, bound)}
+    plot_sweep(runs, bound, Path(folder) / 'sweep.png')
+    with atomic_file(Path(folder) / 'sweep.json') as temporary:
+        temporary.write_text(json.dumps({'bound': bound, **result}, indent=1))
+    return result
+
+
+def verify_command(
+        args: argparse.Namespace, bound: int, img_size: int, num_classes: int, baseline: str | None = None,
+) -> dict[str, Any]:
+    """Run the sweep that `timm-lean depth --verify` asks for."""
+    from .family import FAMILIES
+    least = FAMILIES[args.family].depth((FAMILIES[args.family].min_blocks,)) if args.family in FAMILIES else 1
+    data = 'digits' if args.data == 'digits' or not args.data_dir else 'folder'
+    config = TrainConfig(
+        model='-', data=data, data_dir=args.data_dir, img_size=img_size, epochs=args.epochs,
+        batch_size=args.batch_size, train_images=args.train_images, cache=True, opt='momentum', lr=args.lr,
+        warmup_epochs=1 if args.epochs > 1 else 0, device=args.device, workers=args.workers,
+        hflip=args.hflip)
+    budget = args.budget
+    if budget is None:
+        from timm_lean.checkpoint import load_any
+        params = count_params(load_any(baseline or default_baseline(img_size), num_classes=num_classes))
+        budget = f'params={Budget(params).value}'
+    sweep = Sweep(bound, args.depths or default_depths(bound, least), range(args.seeds), args.family, budget,
+                  num_classes, config, args.output or 'output/depth')
+    return report_sweep(run_sweep(sweep), bound, sweep.output)

@@ -1,0 +1,37 @@
+"""MMDetection with this package's techniques: everything that knows mmengine or mmdet.
+
+Importing it makes MMDetection work without compiled mmcv (`ops`), mends what time has broken (`compat`), registers the
+backbone, hooks, dataset and checkpoint loader, and lets `in_channels='auto'` work. Import it before `mmcv.ops`.
+"""
+import importlib.util
+
+from timm_lean.errors import PackageMissingError
+
+_MISSING = [name for name in ('mmengine', 'mmcv', 'mmdet') if importlib.util.find_spec(name) is None]
+if _MISSING:
+    raise PackageMissingError(
+        f'{", ".join(_MISSING)} {"is" if len(_MISSING) == 1 else "are"} not installed. MMDetection support comes with '
+        "the extra 'mmdet': pip install 'timm-lean[mmdet]'.")
+
+from . import compat, ops  # noqa: E402
+
+ops.install()
+compat.apply()
+
+from mmdet.registry import MODELS as MMDET_MODELS  # noqa: E402
+
+from . import channels  # noqa: E402
+
+channels.install(MMDET_MODELS)
+
+from .backbone import TimmBackbone  # noqa: E402
+from .channels import resolve_channels  # noqa: E402
+from .detector import export_detector, load_detector  # noqa: E402
+from .hooks import RegularizerHook, SafetensorsHook  # noqa: E402
+from .predict import predict_images  # noqa: E402
+from .scenes import DigitScenes, write_scenes  # noqa: E402
+
+__all__ = [
+    'DigitScenes', 'RegularizerHook', 'SafetensorsHook', 'TimmBackbone', 'export_detector', 'load_detector',
+    'predict_images', 'resolve_channels', 'write_scenes',
+]

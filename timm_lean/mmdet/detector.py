@@ -1,0 +1,208 @@
+"""A detector as safetensors plus config: save, export, load. No pickle, and no code runs on loading."""
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import get_state_dict
+from mmengine.utils import import_modules_from_strings
+from safetensors.torch import save_file
+
+from timm_lean.errors import CheckpointError, LeanError
+from timm_lean.fileio import atomic_dir, atomic_file
+from timm_lean.recipe import Recipe
+
+from .backbone import TimmBackbone
+from .channels import resolve_channels
+from .settings import open_config, parse_config
+from .weights import DETECTOR_KEY, FORMAT_VERSION, detector_header, load_from_safetensors
+
+__all__ = ['build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'save_detector']
+
+CONFIG_FILE = 'config.py'
+WEIGHTS_FILE = 'model.safetensors'
+
+
+def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a detector's file: config, the backbone's recipe, class names.
+
+    Args:
+        cfg: The whole config, training included.
+        model: The detector.
+        metainfo: Of its dataset.
+    """
+    cfg = _self_contained(cfg, model)
+    backbone = getattr(model, 'backbone', None)
+    return {
+        'format': FORMAT_VERSION,
+        'config': cfg.pretty_text,
+        'backbone': asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None,
+        'metainfo': {k: metainfo[k] for k in ('classes', 'palette') if k in metainfo},
+    }
+
+
+def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any]) -> None:
+    """Write a detector to one `.safetensors` file, atomically.
+
+    Args:
+        model: The detector.
+        path: The file.
+        header: What `describe` gave, and more if wanted.
+    """
+    tensors, aliases = _untied(get_state_dict(model))
+    text = json.dumps({**header, 'aliases': aliases})
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={'format': 'pt', DETECTOR_KEY: text})
+
+
+def export_detector(config: str | Path | Config | None, checkpoint: str | Path, out_dir: str | Path) -> Path:
+    """Write a folder with `config.py` and `model.safetensors`, which `load_detector` and `init_detector` take.
+
+    Args:
+        config: The config it was trained with; None if the checkpoint, a `.safetensors` file, says it.
+        checkpoint: `.safetensors` or `.pth`.
+        out_dir: The folder.
+
+    Raises:
+        LeanError: The checkpoint does not fit the config, or the folder cannot be written.
+    """
+    cfg = config if isinstance(config, Config) else open_config(config) if config is not None else None
+    if cfg is None:
+        if not str(checkpoint).endswith('.safetensors'):
+            raise LeanError(f'{checkpoint} does not say which detector it holds. Give its config.')
+        cfg = parse_config(detector_header(checkpoint)['config'], str(checkpoint))
+    model = build_detector(cfg)
+    state = load_strictly(model, checkpoint)
+    metainfo = state.get('meta', {}).get('dataset_meta', {})
+    header = describe(cfg, model, {k.lower(): v for k, v in metainfo.items()})
+    with atomic_dir(out_dir) as temporary:
+        (temporary / CONFIG_FILE).write_text(header['config'])
+        save_detector(model, temporary / WEIGHTS_FILE, header)
+    return Path(out_dir)
+
+
+def load_detector(source: str | Path, device: str | torch.device = 'cpu') -> nn.Module:
+    """Load an exported detector, or a file of `SafetensorsHook`, ready for `mmdet.apis.inference_detector`.
+
+    Args:
+        source: The folder or the `.safetensors` file. The folder's `config.py` is read as plain values and may be
+            edited.
+        device: Where to put it.
+
+    Raises:
+        CheckpointError: Something is missing, damaged or does not fit.
+    """
+    source = Path(source)
+    weights = source / WEIGHTS_FILE if source.is_dir() else source
+    if source.is_dir() and not (weights.is_file() and (source / CONFIG_FILE).is_file()):
+        raise CheckpointError(f'{source} is not an exported detector: it has no {WEIGHTS_FILE} or no {CONFIG_FILE}.')
+    header = detector_header(weights)
+    text = (source / CONFIG_FILE).read_text() if source.is_dir() else header['config']
+    cfg = parse_config(text, str(source / CONFIG_FILE if source.is_dir() else source))
+    model: Any = build_detector(cfg)
+    load_strictly(model, weights)
+    model.dataset_meta = {'palette': 'random', **header['metainfo']}
+    model.cfg = cfg
+    return model.to(device).eval()
+
+
+def build_detector(cfg: Config) -> nn.Module:
+    """Build the detector of a config, newly initialized and without files of its own."""
+    register_all_modules(init_default_scope=False)
+    if cfg.get('custom_imports'):
+        import_modules_from_strings(**cfg['custom_imports'])
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    if 'model' not in cfg:
+        raise LeanError('The config has no model.')
+    return MODELS.build(cfg.model)
+
+
+def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[str, Any]:
+    """Load a checkpoint into a detector; every tensor must fit.
+
+    Args:
+        model: The detector.
+        path: `.safetensors` or `.pth`.
+        part: Check only the names that start with this; what fits of the rest is loaded.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is another detector's; the message names tensors.
+    """
+    checkpoint = _load(path)
+    given = {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
+    own = get_state_dict(model)
+    missing = [k for k in own if k.startswith(part) and k not in given and not k.endswith('num_batches_tracked')]
+    unexpected = [k for k in given if k.startswith(part) and k not in own and k not in _tied_names(model)]
+    wrong = [k for k in own if k in given and given[k].shape != own[k].shape]
+    reported = [f'{k} {list(given[k].shape)} instead of {list(own[k].shape)}' for k in wrong if k.startswith(part)]
+    found = '; '.join(
+        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+        for label, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', reported)) if keys)
+    if found:
+        raise CheckpointError(f'{path} is the checkpoint of another detector than the config describes: {found}. '
+                              'Give the config it was trained with, or another checkpoint.')
+    model.load_state_dict({k: v for k, v in given.items() if k not in wrong}, strict=False)
+    return checkpoint
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    from mmengine.runner.checkpoint import CheckpointLoader
+    if str(path).endswith('.safetensors'):
+        return load_from_safetensors(str(path), 'cpu')
+    try:
+        return CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
+    except FileNotFoundError as e:
+        raise CheckpointError(f'The checkpoint {path} does not exist.') from e
+    except Exception as e:  # pickle and zip errors of all kinds
+        raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Names under which modules used in several places could be written too."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _self_contained(cfg: Config, model: nn.Module) -> Config:
+    """A copy of a config that names no files to initialize from, with the backbone's recipe and the neck's channels."""
+    cfg = Config(cfg.to_dict()) if hasattr(cfg, 'to_dict') else Config(dict(cfg))
+    cfg.load_from, cfg.resume = None, False
+    if 'model' not in cfg:  # a Runner that was given a model, not its config
+        return cfg
+    backbone = getattr(model, 'backbone', None)
+    if isinstance(backbone, TimmBackbone):
+        name, args = Recipe(**asdict(backbone.recipe)).create_args()
+        old = cfg.model.backbone
+        cfg.model.backbone = dict(
+            type='timm_lean.TimmBackbone', model_name=name, model_args=args, out_indices=backbone.out_indices,
+            frozen_stages=old.get('frozen_stages', -1), norm_eval=old.get('norm_eval', False))
+        resolve_channels(cfg.model)
+    elif 'backbone' in cfg.model:
+        cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def _untied(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors that share no memory, and for those that were the same as another one the name of that."""
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in state.items():
+        value = value.detach()
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        tensors[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
+    return tensors, aliases

@@ -1,0 +1,158 @@
+"""What `tools/train_det.py` and `tools/test_det.py` do: MMEngine's Runner behind the options MMDetection users know.
+
+Before a Runner is built the config and its data are looked at, so that a mistake is one line and not a traceback from
+a dataset. On a machine without a GPU, AMP is left out (MMEngine has none there) and processes talk through gloo.
+"""
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.runner import Runner
+
+from timm_lean.errors import LeanError
+
+from .data import check_data
+from .detector import load_strictly
+from .hooks import unwrap
+from .settings import open_config, set_data_root
+
+__all__ = ['main_message', 'prepare', 'test_main', 'train_main']
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """`tools/train_det.py`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog='train_det.py', description='Train a detector.')
+    parser.add_argument('config', help="config file, or 'mmdet::...' for one of MMDetection's own")
+    _add_common(parser)
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue from this checkpoint, or from the latest one in the work dir')
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
+    return _run(parser, argv, _train)
+
+
+def test_main(argv: Sequence[str] | None = None) -> int:
+    """`tools/test_det.py`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog='test_det.py', description='Evaluate a detector.')
+    parser.add_argument('config', help="config file, or 'mmdet::...' for one of MMDetection's own")
+    parser.add_argument('checkpoint', help='.safetensors or .pth file')
+    _add_common(parser)
+    parser.add_argument('--show-dir', metavar='DIR', help='write pictures of the predictions there')
+    return _run(parser, argv, _test)
+
+
+def _train(args: argparse.Namespace) -> None:
+    cfg = _open(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise LeanError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    prepare(cfg, ('train', 'val'))
+    runner = Runner.from_cfg(cfg)
+    if cfg.get('load_from'):
+        # MMEngine loads it again, and only warns about what does not fit; heads may be others, the backbone not
+        load_strictly(unwrap(runner.model), cfg.load_from, part='' if cfg.resume else 'backbone.')
+    runner.train()
+
+
+def _test(args: argparse.Namespace) -> None:
+    cfg = _open(args)
+    cfg.load_from, cfg.resume = None, False
+    prepare(cfg, ('test',))
+    if args.show_dir:
+        cfg.default_hooks['visualization'] = dict(
+            type='DetVisualizationHook', draw=True, test_out_dir=str(Path(args.show_dir).absolute()))
+    runner = Runner.from_cfg(cfg)
+    load_strictly(unwrap(runner.model), args.checkpoint)
+    runner.test()
+
+
+def prepare(cfg: Config, splits: Sequence[str]) -> None:
+    """Check a config's data and fit it to this machine, in place.
+
+    Raises:
+        LeanError: Annotations are missing or do not fit the config.
+    """
+    check_data(cfg, splits)
+    if torch.cuda.is_available():
+        return
+    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
+        print('No GPU: training in full precision (MMEngine has no AMP on CPUs).', flush=True)
+        cfg.optim_wrapper = ConfigDict({
+            **{k: v for k, v in cfg.optim_wrapper.items() if k not in ('loss_scale', 'dtype', 'use_fsdp')},
+            'type': 'OptimWrapper'})
+    if cfg.get('launcher', 'none') == 'pytorch':
+        # MMEngine would choose a CUDA device for the process
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--work-dir', metavar='DIR', help="folder of the run (default work_dirs/CONFIG's name)")
+    parser.add_argument('--data-root', metavar='DIR', help="the dataset's folder, instead of the config's data_root")
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, e.g. train_dataloader.batch_size=4')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how several processes were started')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+
+
+def _open(args: argparse.Namespace) -> Config:
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = open_config(args.config)
+    cfg.launcher = args.launcher
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    if args.cfg_options:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (KeyError, TypeError, IndexError) as e:
+            raise LeanError(f'--cfg-options do not fit the config: {e}') from e
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if 'model' not in cfg:
+        raise LeanError(f'{args.config} has no model.')
+    return cfg
+
+
+def _run(
+        parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None],
+) -> int:
+    args = parser.parse_args(argv)
+    try:
+        work(args)
+    except LeanError as e:
+        if args.debug:
+            traceback.print_exc()
+        print(f'{parser.prog}: {main_message(e)}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def main_message(error: Exception) -> str:
+    """An error in one line. Raised in a data loading process it carries that process's traceback in its text."""
+    return ' '.join(re.split(r'\w*(?:Lean|Checkpoint)Error: ', str(error))[-1].split())

@@ -1,0 +1,181 @@
+"""Any timm network as a feature extractor with checked weights: from a name, a folder or a checkpoint file.
+
+timm's `features_only` wrappers drop the head and rename some modules, and load weights without complaint about what
+does not fit. Here weights are matched one by one: every tensor of the extractor must be in the file with its shape,
+and what the extractor does not have must belong to the rest of the same network.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+
+from timm_lean.checkpoint import load_any
+from timm_lean.errors import CheckpointError, LeanError
+from timm_lean.recipe import Recipe, build, recipe_of
+
+from .weights import Weights, read_weights
+
+__all__ = ['build_features', 'feature_channels', 'feature_levels', 'flat_name', 'load_features', 'whole_names']
+
+_LOCAL_DIR = 'local-dir:'
+_MIN_REDUCTION = 4  # detectors start at stride 4
+
+
+def build_features(
+        model_name: str = '',
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        out_indices: Sequence[int] | None = None,
+        model_args: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Recipe]:
+    """Build a feature extractor, see `TimmBackbone` for the arguments.
+
+    Returns:
+        The network, images `[B, C, H, W]` to a list of feature maps, and the recipe of the network it comes from.
+
+    Raises:
+        LeanError: The name, the levels or the file cannot be used; the message says why.
+    """
+    recipe, weights = _source(model_name, pretrained, checkpoint, dict(model_args or {}))
+    full = _on_meta(recipe)
+    net = _create(recipe, _check_indices(full, out_indices, recipe.architecture), pretrained and weights is None)
+    if weights is not None:
+        load_features(net, weights, recipe.architecture, list(full.state_dict()))
+    return net, recipe
+
+
+def feature_channels(
+        model_name: str = '',
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        out_indices: Sequence[int] | None = None,
+        model_args: dict[str, Any] | None = None,
+) -> list[int]:
+    """Channels of the feature maps `build_features` would give, without allocating or loading the network."""
+    recipe, _ = _source(model_name, pretrained, checkpoint, dict(model_args or {}))
+    indices = _check_indices(_on_meta(recipe), out_indices, recipe.architecture)
+    try:
+        with torch.device('meta'):
+            net = _create(recipe, indices, False)
+    except LeanError:
+        net = _create(recipe, indices, False)
+    return list(net.feature_info.channels())  # type: ignore[union-attr, operator]
+
+
+def feature_levels(net: nn.Module) -> list[dict[str, Any]]:
+    """timm's description of all feature levels of a network: `num_chs`, `reduction` and `module` of each."""
+    info = net.feature_info
+    return list(getattr(info, 'info', info))  # type: ignore[arg-type]
+
+
+def load_features(net: nn.Module, weights: Weights, architecture: str, known: Sequence[str] = ()) -> None:
+    """Load the weights of a whole network (or of another such extractor) into a feature extractor, strictly.
+
+    Args:
+        net: What `build_features` builds.
+        weights: Tensors by name.
+        architecture: Name for the error message.
+        known: Names in the whole network, those of its head included; none are accepted beyond the extractor's if
+            empty.
+
+    Raises:
+        CheckpointError: Tensors are missing, have another shape or belong to another network.
+    """
+    state = net.state_dict()
+    target = {flat_name(net, key): key for key in state}
+    given = {flat_name(net, key): key for key in weights.tensors}
+    head = {key.replace('.', '_') for key in known}
+    missing = [key for flat, key in target.items() if flat not in given and not flat.endswith('num_batches_tracked')]
+    unexpected = [key for flat, key in given.items() if flat not in target and flat not in head]
+    wrong = [
+        f'{key} {list(weights.tensors[key].shape)} instead of {list(state[target[flat]].shape)}'
+        for flat, key in given.items() if flat in target and weights.tensors[key].shape != state[target[flat]].shape]
+    found = '; '.join(
+        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+        for label, keys in (('missing', missing), ('other shape', wrong), ('unexpected', unexpected)) if keys)
+    if found:
+        raise CheckpointError(
+            f'{weights.source} does not fit {architecture!r}: {found}. Give the model_name and model_args it was made '
+            'with, or another checkpoint.')
+    net.load_state_dict(
+        {key: weights.tensors[given[flat]] for flat, key in target.items() if flat in given}, strict=False)
+
+
+def whole_names(recipe: Recipe) -> list[str]:
+    """Names of all tensors of the network a recipe describes, its head's included."""
+    return list(_on_meta(recipe).state_dict())
+
+
+def flat_name(net: nn.Module, name: str) -> str:
+    """A module or tensor name without the prefix and the underscores that timm's feature wrappers put into it."""
+    children = [child for child, _ in net.named_children()]
+    if len(children) == 1:
+        name = name.removeprefix(f'{children[0]}.')
+    return name.replace('.', '_')
+
+
+def _source(
+        model_name: str, pretrained: bool, checkpoint: str | None, args: dict[str, Any],
+) -> tuple[Recipe, Weights | None]:
+    """What to build, and the weights if they come from a file."""
+    if checkpoint is not None:
+        if pretrained:
+            raise LeanError(f'TimmBackbone got pretrained=True and checkpoint={checkpoint!r}; give one of them.')
+        weights = read_weights(checkpoint)
+        if weights.recipe is None:
+            if not model_name:
+                raise LeanError(f'{checkpoint} does not say which network it holds. Give model_name as well.')
+            return Recipe(model_name, args), weights
+        recipe = weights.recipe
+        if model_name and model_name.split('.')[0] != recipe.architecture.split('.')[0]:
+            raise CheckpointError(
+                f'{checkpoint} holds a {recipe.architecture!r}, but model_name is {model_name!r}. Leave model_name '
+                'out, or give another checkpoint.')
+        return Recipe(recipe.architecture, {**recipe.model_args, **args}, recipe.steps), weights
+    if not isinstance(model_name, str) or not model_name:
+        raise LeanError("TimmBackbone needs model_name='...' (see timm.list_models() and `timm-lean models`) or "
+                        'checkpoint=FILE.')
+    if model_name.startswith(_LOCAL_DIR):
+        model = load_any(model_name, **args)
+        recipe = recipe_of(model)
+        return recipe, Weights(model_name, dict(model.state_dict()), recipe)
+    return Recipe(model_name, args), None
+
+
+def _on_meta(recipe: Recipe) -> nn.Module:
+    """The whole network without memory for its tensors (with it, if its constructor needs values)."""
+    try:
+        with torch.device('meta'):
+            return build(recipe)
+    except LeanError:
+        return build(recipe)
+
+
+def _create(recipe: Recipe, out_indices: tuple[int, ...], pretrained: bool) -> nn.Module:
+    name, args = recipe.create_args()
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=out_indices, **args)
+    except LeanError:
+        raise
+    except Exception as e:  # timm's wrappers assert or fail in their own ways on networks they cannot take apart
+        raise LeanError(f'timm cannot make a feature extractor of {recipe.architecture!r}: '
+                        f'{type(e).__name__}: {e}') from e
+
+
+def _check_indices(full: nn.Module, out_indices: Sequence[int] | None, architecture: str) -> tuple[int, ...]:
+    if not hasattr(full, 'feature_info'):
+        raise LeanError(f'{architecture!r} has no feature levels in timm and cannot be a backbone.')
+    levels = feature_levels(full)
+    if out_indices is None:
+        return tuple(i for i, level in enumerate(levels) if level['reduction'] >= _MIN_REDUCTION)
+    described = ', '.join(f'{i}: stride {level["reduction"]}, {level["num_chs"]} channels'
+                          for i, level in enumerate(levels))
+    if isinstance(out_indices, int) or not all(
+            isinstance(i, int) and 0 <= i < len(levels) for i in out_indices) or not out_indices:
+        raise LeanError(f'out_indices={out_indices!r} is not possible: {architecture!r} has the feature levels 0 to '
+                        f'{len(levels) - 1} ({described}).')
+    if sorted(set(out_indices)) != list(out_indices):
+        raise LeanError(f'out_indices={tuple(out_indices)} must increase without repeats.')
+    return tuple(out_indices)

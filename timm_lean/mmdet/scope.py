@@ -1,0 +1,28 @@
+"""The scope `timm_lean` in MMEngine's registries.
+
+A class is registered twice: in this scope (`type='timm_lean.TimmBackbone'`) and in MMEngine's root registry, where
+plain `type='TimmBackbone'` finds it whatever the default scope is.
+"""
+from collections.abc import Callable
+
+from mmengine.registry import DATASETS as ROOT_DATASETS
+from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry
+
+__all__ = ['DATASETS', 'HOOKS', 'MODELS', 'register']
+
+SCOPE = 'timm_lean'
+
+DATASETS = Registry('dataset', parent=ROOT_DATASETS, scope=SCOPE)
+HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE)
+MODELS = Registry('model', parent=ROOT_MODELS, scope=SCOPE)
+
+
+def register(registry: Registry) -> Callable[[type], type]:
+    """Class decorator: register a class in one of this file's registries and in the root registry above it."""
+    def decorate(cls: type) -> type:
+        registry.register_module(module=cls)
+        registry.parent.register_module(module=cls)
+        return cls
+    return decorate

@@ -1,0 +1,96 @@
+"""Detector configs as data: read back what MMEngine writes, without running it.
+
+A dumped config (`Config.pretty_text`) consists of assignments of literals and `dict(...)`. Reading it as such keeps
+tuples, which JSON would lose, and runs no code of a file somebody else made.
+"""
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hub import get_config
+
+from timm_lean.errors import CheckpointError, LeanError
+
+__all__ = ['open_config', 'parse_config', 'set_data_root']
+
+_NAMES = {'inf': math.inf, 'nan': math.nan}
+
+
+def parse_config(text: str, source: str = 'config') -> Config:
+    """Read a dumped config.
+
+    Args:
+        text: Assignments of literals and `dict(...)`.
+        source: Name for the error message.
+
+    Raises:
+        CheckpointError: It contains anything else.
+    """
+    values: dict[str, Any] = {}
+    try:
+        for statement in ast.parse(text).body:
+            if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+                raise ValueError(f'line {statement.lineno} is not an assignment')
+            values[statement.targets[0].id] = _value(statement.value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise CheckpointError(f'{source} is not a config of plain values: {e}.') from e
+    return Config(values)
+
+
+def open_config(path: str | Path) -> Config:
+    """Open a config file, or one of MMDetection's own as `mmdet::retinanet/retinanet_r18_fpn_1x_coco.py`.
+
+    Raises:
+        LeanError: There is no such file, or it cannot be read.
+    """
+    name = str(path)
+    if '::' not in name and not Path(name).is_file():
+        raise LeanError(f'The config {name} does not exist.')
+    try:
+        return get_config(name) if '::' in name else Config.fromfile(name)
+    except LeanError:
+        raise
+    except Exception as e:  # a config file is code and fails as it likes
+        raise LeanError(f'The config {name} cannot be read: {type(e).__name__}: {e}') from e
+
+
+def set_data_root(cfg: Config, root: str | Path) -> None:
+    """Move a config's dataset: wherever `data_root` stands or begins a path, put another folder, in place."""
+    old = cfg.get('data_root')
+    if not old:
+        raise LeanError('The config has no data_root, so --data-root cannot replace it.')
+    new = str(root).rstrip('/') + '/'
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(old):
+            return new + value[len(old):]
+        if isinstance(value, dict):
+            for key in value:
+                value[key] = moved(value[key])
+        elif isinstance(value, (list, tuple)):
+            return type(value)(moved(item) for item in value)
+        return value
+
+    moved(cfg._cfg_dict)
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+        pairs: dict[Any, Any] = {}
+        for keyword in node.keywords:
+            pairs.update({keyword.arg: _value(keyword.value)} if keyword.arg else _value(keyword.value))
+        return pairs
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+        return kind(_value(item) for item in node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    if isinstance(node, ast.Constant):
+        return node.value
+    raise ValueError(f'line {node.lineno} has {ast.unparse(node)[:60]!r}')

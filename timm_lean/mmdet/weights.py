@@ -1,0 +1,141 @@
+"""Weights from files, for backbones and whole detectors; `.safetensors` for all of MMEngine's loading.
+
+Importing this file registers a loader with MMEngine, so that `load_from=`, `resume`'s checkpoints aside, `init_cfg`,
+`init_detector` and `load_checkpoint` take `.safetensors` files.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors import SafetensorError, safe_open
+
+from timm_lean.checkpoint import read_header
+from timm_lean.errors import CheckpointError
+from timm_lean.recipe import Recipe
+
+__all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights']
+
+DETECTOR_KEY = 'timm_lean_detector'
+FORMAT_VERSION = 1
+_BACKBONE = 'backbone.net.'
+
+
+@dataclass
+class Weights:
+    """Tensors of a network.
+
+    Attributes:
+        source: Where they come from, for messages.
+        tensors: By name.
+        recipe: The network, where the file says it.
+    """
+    source: str
+    tensors: dict[str, torch.Tensor]
+    recipe: Recipe | None = None
+
+
+def read_weights(path: str, prefix: str | None = None) -> Weights:
+    """Read a backbone's weights from a classification or detector checkpoint.
+
+    Args:
+        path: `.safetensors`, or what else MMEngine's loaders take.
+        prefix: Only the tensors under this prefix, which is taken off.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or not a checkpoint.
+    """
+    recipe = None
+    if str(path).endswith('.safetensors'):
+        metadata, tensors = _read(path)
+        if DETECTOR_KEY in metadata:
+            backbone = detector_header(path).get('backbone')
+            recipe = Recipe(**backbone) if backbone else None
+        elif 'timm_lean' in metadata:
+            header = read_header(path)
+            recipe = Recipe(header['architecture'], header['model_args'], header['steps'])
+    else:
+        try:
+            checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
+        except FileNotFoundError as e:
+            raise CheckpointError(f'The checkpoint {path} does not exist.') from e
+        except Exception as e:  # pickle and zip errors of all kinds
+            raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
+        tensors = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+        if not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise CheckpointError(f'{path} holds no state dict.')
+    if prefix is not None:
+        prefix = prefix.rstrip('.') + '.'
+        tensors = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if not tensors:
+            raise CheckpointError(f'{path} has no tensors under {prefix!r}.')
+    for start in (_BACKBONE, _BACKBONE.partition('.')[2]):  # of a detector, or of its backbone
+        if any(k.startswith(start) for k in tensors):
+            tensors = {k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}
+    return Weights(str(path), dict(tensors), recipe)
+
+
+@CheckpointLoader.register_scheme(prefixes=r'.+\.safetensors$', force=True)
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """MMEngine's loader for `.safetensors` files.
+
+    Args:
+        filename: The file.
+        map_location: Device, as in `torch.load`.
+
+    Returns:
+        `state_dict`, and `meta` with the `dataset_meta` (class names) if the file has it.
+    """
+    metadata, tensors = _read(Path(filename).expanduser())
+    device = map_location if isinstance(map_location, (str, torch.device)) else None
+    if device is not None:
+        tensors = {k: v.to(device) for k, v in tensors.items()}
+    header = detector_header(filename) if DETECTOR_KEY in metadata else {}
+    meta = {'dataset_meta': header['metainfo']} if header.get('metainfo') else {}
+    return {'state_dict': tensors, 'meta': meta}
+
+
+def detector_header(path: str | Path) -> dict[str, Any]:
+    """The checked header of a detector written by this package.
+
+    Raises:
+        CheckpointError: The file is damaged or something else.
+    """
+    metadata, _ = _read(path, tensors=False)
+    try:
+        header = json.loads(metadata[DETECTOR_KEY])
+    except KeyError:
+        raise CheckpointError(f'{path} was not written by SafetensorsHook or export_detector: it does not say which '
+                              'detector it holds.') from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f'{path} has a damaged header: {e}') from e
+    if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
+        version = header.get('format') if isinstance(header, dict) else header
+        raise CheckpointError(f'{path} has detector format {version!r}; this version reads {FORMAT_VERSION}. '
+                              'Update timm-lean if the file is newer.')
+    kinds = {'config': str, 'metainfo': dict, 'aliases': dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]
+    backbone = header.get('backbone')
+    if wrong or not (backbone is None or set(backbone) == {'architecture', 'model_args', 'steps'}):
+        raise CheckpointError(f'{path} has a damaged header: {", ".join(wrong) or "backbone"}.')
+    return header
+
+
+def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors file, tied tensors under all their names."""
+    if not Path(path).is_file():
+        raise CheckpointError(f'The checkpoint {path} does not exist.')
+    try:
+        with safe_open(path, framework='pt') as f:
+            metadata = f.metadata() or {}
+            state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
+        raise CheckpointError(f'{path} is not a whole safetensors file: {e}') from e
+    if tensors and DETECTOR_KEY in metadata:
+        for alias, name in detector_header(path)['aliases'].items():
+            if name not in state:
+                raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
+            state[alias] = state[name]
+    return metadata, state

@@ -1,0 +1,217 @@
+"""Channel pruning of timm models: score, choose, cut, and tell the model what it has now.
+
+Torch-Pruning finds which channels depend on each other (`graph`); choosing is done here, so that no layer is emptied or
+silently skipped and grouped convolutions stay valid.
+"""
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import EcaModule
+
+from timm_lean.errors import LeanError
+from timm_lean.layers import FilterBasis
+from timm_lean.report import count_macs, count_params
+
+from .graph import build_graph, channel_groups, classifier_modules, conv_groups, is_consistent
+from .importance import SpectralImportance
+from .resize import record_resize
+from .sizes import ModelSizes
+from .spectral import check_criterion
+
+__all__ = ['ChannelReport', 'prune_channels']
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """What channel pruning did.
+
+    Attributes:
+        layers: Layer, output channels before and after, for convolutions and linear layers that lost any.
+        kept: Layers of groups that lost no channel, and why.
+        params: Parameters before and after, shared ones counted once.
+        macs: Multiply-accumulates of one input, before and after.
+    """
+    layers: tuple[tuple[str, int, int], ...]
+    kept: tuple[tuple[str, str], ...]
+    params: tuple[int, int]
+    macs: tuple[int, int]
+
+    def __str__(self) -> str:
+        width = max([5, *(len(name) for name, *_ in self.layers)])
+        lines = [f'{"layer":{width}}  channels']
+        lines += [f'{name:{width}}  {before} -> {after}' for name, before, after in self.layers]
+        lines += [f'{name}: unchanged, {why}' for name, why in self.kept]
+        lines.append(f'params {self.params[0]:,} -> {self.params[1]:,} ({self.params[1] / self.params[0]:.3f}x), '
+                     f'MACs {self.macs[0]:,} -> {self.macs[1]:,} ({self.macs[1] / max(self.macs[0], 1):.3f}x)')
+        return '\n'.join(lines)
+
+
+def prune_channels(
+        model: nn.Module,
+        example_inputs: torch.Tensor,
+        criterion: str = 'spectral_norm',
+        ratio: float = 0.5,
+        *,
+        global_pruning: bool = False,
+        round_to: int = 8,
+        max_ratio: float = 0.9,
+        iterative_steps: int = 1,
+        ignored_layers: Sequence[str | nn.Module] | str = (),
+        group_reduction: str = 'mean',
+        normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
+        importance: Callable[[Any], torch.Tensor | None] | None = None,
+        between_steps: Callable[[nn.Module, int], None] | None = None,
+) -> nn.Module:
+    """Remove the least important channels of a timm model.
+
+    The classifier's classes are never removed. What was done is in `.channel_report`.
+
+    Args:
+        model: A model made by `timm.create_model`, pruned before or not.
+        example_inputs: An input `[B, C, H, W]` to trace it with, on the model's device.
+        criterion: How kernels are scored, see `spectral`.
+        ratio: Share of channels to remove, in (0, 1): of every group of layers, or of all together.
+        global_pruning: Rank the channels of all groups against each other.
+        round_to: Keep multiples of this many channels (at least one such multiple; layers with fewer are left alone).
+        max_ratio: Remove at most this share of any group's channels.
+        iterative_steps: Reach the ratio in so many steps, scoring anew before each.
+        ignored_layers: Modules, or shell patterns on their names (a list or joined by `|`), whose output channels stay.
+        group_reduction: See `SpectralImportance`.
+        normalizer: See `SpectralImportance`.
+        importance: Any Torch-Pruning importance instead of the criterion.
+        between_steps: Called as `(model, step)` after every step but the last, e.g. to train.
+
+    Returns:
+        A new model in the given one's mode; the given one is unchanged.
+
+    Raises:
+        LeanError: A ratio that would empty layers, a model that cannot be traced or whose code fixes channel counts,
+            one without a timm name, NaN weights.
+    """
+    check_criterion(criterion)
+    _check(ratio, round_to, max_ratio, iterative_steps)
+    if not isinstance(example_inputs, torch.Tensor) or example_inputs.ndim != 4:
+        raise LeanError('example_inputs must be an image batch [B, C, H, W] as a tensor, got '
+                        f'{list(getattr(example_inputs, "shape", [])) or type(example_inputs).__name__}.')
+    if any(isinstance(m, EcaModule) for m in model.modules()):
+        raise LeanError(f'{type(model).__name__} has ECA attention, a convolution along the channels: removing one '
+                        'changes its neighbours. Channel pruning does not support it.')
+    importance = importance or SpectralImportance(criterion, group_reduction, normalizer)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    new = copy.deepcopy(model)
+    x = example_inputs.detach()
+    build_graph(new, x)  # fails now, and clearly, if the model cannot be traced
+    before = _widths(new)
+    cost = count_params(new), count_macs(new, x.shape)
+    sizes = ModelSizes.of(new, x)
+    start: dict[nn.Module, int] = {}
+    kept: dict[str, str] = {}
+    for step in range(1, iterative_steps + 1):
+        kept = _step(new, x, importance, ratio * step / iterative_steps, global_pruning, round_to, max_ratio,
+                     [*classifier_modules(new), *_modules(new, ignored_layers)], start)
+        if between_steps is not None and step < iterative_steps:
+            between_steps(new, step)
+    for name, p in new.named_parameters():
+        p.requires_grad_(flags[name])
+    try:
+        sizes.update(new, x)
+        cost = (cost[0], count_params(new), cost[1], count_macs(new, x.shape))  # type: ignore[assignment]
+    except Exception as e:  # the model's own code meets channel counts it did not expect
+        raise LeanError(f'{type(model).__name__} cannot run with fewer channels, its code fixes them: '
+                        f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}. Name the layers to leave alone in '
+                        'ignored_layers.') from e
+    record_resize(new)
+    after = _widths(new)
+    new.channel_report = ChannelReport(  # type: ignore[assignment]
+        tuple((name, before[name], after[name]) for name in before if before[name] != after[name]),
+        tuple(kept.items()), cost[:2], cost[2:])  # type: ignore[arg-type]
+    return new.train(model.training)
+
+
+def _check(ratio: float, round_to: int, max_ratio: float, iterative_steps: int) -> None:
+    if not 0 < ratio < 1:
+        raise LeanError(f'The pruning ratio must be above 0 and below 1 (1 would empty the layers), got {ratio!r}.')
+    if not 0 < max_ratio < 1 or ratio > max_ratio:
+        raise LeanError(f'max_ratio must be below 1 and at least the ratio {ratio:g}, got {max_ratio!r}.')
+    for name, value in (('round_to', round_to), ('iterative_steps', iterative_steps)):
+        if type(value) is not int or value < 1:
+            raise LeanError(f'{name} must be a whole number of at least 1, got {value!r}.')
+
+
+def _modules(model: nn.Module, ignored: Sequence[str | nn.Module] | str) -> list[nn.Module]:
+    patterns = ignored.split('|') if isinstance(ignored, str) else ignored
+    chosen: list[nn.Module] = []
+    for pattern in patterns:
+        if isinstance(pattern, nn.Module):
+            raise LeanError('ignored_layers are names or patterns: the model is copied, so modules cannot be found.')
+        hits = [m for name, m in model.named_modules() if fnmatchcase(name, pattern)]
+        if not hits:
+            raise LeanError(f'ignored_layers={pattern!r} matches no module of {type(model).__name__}.')
+        chosen += [sub for m in hits for sub in m.modules()]
+    return chosen
+
+
+def _step(
+        model: nn.Module, x: torch.Tensor, importance: Callable[[Any], torch.Tensor | None], ratio: float,
+        global_pruning: bool, round_to: int, max_ratio: float, ignored: list[nn.Module], start: dict[nn.Module, int],
+) -> dict[str, str]:
+    """Bring every group down to `ratio` of what it had at the start; returns the groups left alone and why."""
+    graph = build_graph(model, x)
+    names = {m: name for name, m in model.named_modules()}
+    plans = []
+    kept: dict[str, str] = {}
+    for group in channel_groups(graph, ignored):
+        root = group[0].dep.target.module
+        name = names.get(root, '?')
+        if not is_consistent(group):
+            kept[name] = 'the code pads, slices or splits its channels'
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            values = importance(group)
+        if values is None:
+            kept[name] = 'nothing to score'
+            continue
+        if not bool(torch.isfinite(values).all()):
+            raise LeanError(f'The importance of the channels of {name!r} is not finite. A normalizer divides by zero '
+                            'where all kernels are zero; choose normalizer=None.')
+        parts = conv_groups(graph, group)
+        plans.append((group, root, parts, values.view(parts, -1).mean(0).cpu().double()))
+    if not plans:
+        raise LeanError(f'{type(model).__name__} has no channels to prune: all groups are ignored or reach the output.')
+    for _, root, parts, values in plans:
+        start.setdefault(root, len(values) * parts)
+    limit = None
+    if global_pruning:
+        ranked = torch.cat([v.repeat_interleave(parts) for _, _, parts, v in plans]).sort().values
+        gone = len(ranked) - round((1 - ratio) * sum(start[root] for _, root, *_ in plans))
+        limit = float(ranked[gone - 1]) if gone > 0 else -math.inf
+    for group, root, parts, values in plans:
+        name, total, each = names.get(root, '?'), start[root] // parts, len(values)
+        keep = int((values > limit).sum()) if limit is not None else round(total * (1 - ratio))
+        unit = round_to // math.gcd(round_to, parts)
+        floor = max(unit, math.ceil((1 - max_ratio) * total - 1e-9))
+        keep = max(round(keep / unit), math.ceil(floor / unit)) * unit
+        if keep >= each:
+            kept[name] = f'{each * parts} channels stay by round_to={round_to} and max_ratio={max_ratio:g}'
+            continue
+        lowest = values.argsort(stable=True)[:each - keep]
+        indices = torch.cat([lowest + part * each for part in range(parts)]).sort().values.tolist()
+        cut = graph.get_pruning_group(root, group[0].dep.handler, indices)
+        if not graph.check_pruning_group(cut):
+            kept[name] = 'a layer that depends on it would be empty'
+            continue
+        cut.prune()
+    return kept
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    kinds = (nn.Conv2d, nn.Linear, FilterBasis)
+    return {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, kinds)}

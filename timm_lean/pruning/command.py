@@ -1,0 +1,123 @@
+"""`timm-lean prune`: prune a checkpoint's kernels or channels, and say what it cost and saved."""
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import get_model_input_config
+
+from timm_lean.checkpoint import load_any, save_model
+from timm_lean.errors import LeanError
+from timm_lean.report import count_macs, count_params, human_bytes, human_count
+
+from .kernels import KernelPruner
+from .report import live_kernels, plot_report
+from .spectral import check_criterion
+
+__all__ = ['analyze_command', 'prune_command']
+
+
+def prune_command(args: argparse.Namespace) -> None:
+    """Run `timm-lean prune`.
+
+    Args:
+        args: `model`, `output`, `criterion`, `granularity`, `threshold`, `amount`, `contrib`, `scope`, `ratio`,
+            `global_pruning`, `round_to`, `min_keep`, `ignore`, `again`, `compact`, `plot`, `data_dir`, `device`,
+            `batch_size`; those not given may be missing.
+
+    Raises:
+        LeanError: Options that contradict each other, or a model that cannot be pruned so.
+    """
+    option = vars(args).get
+    output = Path(args.output)
+    if output.suffix != '.safetensors':
+        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    criterion = check_criterion(option('criterion') or 'spectral_norm')
+    granularity = option('granularity') or 'kernel'
+    _check_options(args, granularity)
+    model = load_any(args.model).eval()
+    x = torch.zeros(1, *get_model_input_config(model)['input_size'])
+    before = _figures(model, x, args, Path(args.model))
+    if granularity == 'kernel':
+        min_keep = option('min_keep')
+        pruner = KernelPruner(
+            model, criterion, threshold=option('threshold'), amount=option('amount'), contrib=option('contrib'),
+            scope=option('scope') or 'global', ignore=option('ignore'), again=bool(option('again')),
+            **({} if min_keep is None else {'min_keep': min_keep}))
+        report = pruner.prune()
+        print(report)
+        if option('plot'):
+            plot_report(report, args.plot)
+        if option('compact'):
+            from .compaction import compact
+            model = compact(model, x)
+            print(model.compact_report)
+    else:
+        if any(s['op'] == 'resize' for s in getattr(model, 'lean_steps', [])) and not option('again'):
+            raise LeanError(f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
+        from .channels import prune_channels
+        model = prune_channels(
+            model, x, criterion, 0.5 if option('ratio') is None else args.ratio,
+            global_pruning=bool(option('global_pruning')), round_to=option('round_to') or 8,
+            ignored_layers=option('ignore') or ())
+        print(model.channel_report)
+    save_model(model, output)
+    _print_figures(before, _figures(model, x, args, output))
+
+
+def _check_options(args: argparse.Namespace, granularity: str) -> None:
+    belongs = {
+        'kernel': ('threshold', 'amount', 'contrib', 'scope', 'min_keep', 'compact', 'plot'),
+        'channel': ('ratio', 'global_pruning', 'round_to'),
+    }
+    for other, names in belongs.items():
+        if other != granularity:
+            wrong = [f'--{n.replace("_", "-")}' for n in names if vars(args).get(n) not in (None, False)]
+            if wrong:
+                raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {granularity}.')
+
+
+def _figures(model: nn.Module, x: torch.Tensor, args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    figures: dict[str, Any] = {
+        'parameters': f'{count_params(model):,}',
+        'non-zero': f'{sum(int((p != 0).sum()) for p in model.parameters()):,}',
+        'live kernels': f'{sum(int(live_kernels(w).sum()) for w in kernels):,}',
+        'MACs': human_count(count_macs(model, x.shape)),
+        'file': human_bytes(path.stat().st_size) if path.is_file() else '-',
+    }
+    if vars(args).get('data_dir'):
+        figures['top-1'] = f'{_accuracy(model, args):.2f} %'
+    return figures
+
+
+def _accuracy(model: nn.Module, args: argparse.Namespace) -> float:
+    from timm_lean.training.data import create_eval_loader, open_dataset
+    from timm_lean.training.device import resolve_device
+    from timm_lean.training.evaluate import evaluate
+    device = resolve_device(vars(args).get('device') or 'auto')
+    config = resolve_data_config({}, model=model)
+    dataset = open_dataset('folder', args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    loader = create_eval_loader(dataset, config, vars(args).get('batch_size') or 128, device)
+    top1 = evaluate(model.to(device), loader, device)['top1']
+    model.cpu()
+    return top1
+
+
+def _print_figures(before: dict[str, Any], after: dict[str, Any]) -> None:
+    print(f'{"":14}{"before":>16}{"after":>16}')
+    for name, value in before.items():
+        print(f'{name:14}{value:>16}{after[name]:>16}')
+
+
+def analyze_command(args: argparse.Namespace) -> None:
+    """Run `timm-lean analyze MODEL --criteria`; `args` has `model`, `threshold`, `ignore`, `output`."""
+    from .analysis import analyze_criteria
+    threshold = vars(args).get('threshold')
+    analysis = analyze_criteria(
+        load_any(args.model), 1e-4 if threshold is None else threshold, vars(args).get('ignore'))
+    print(analysis)
+    for path in analysis.save(vars(args).get('output') or 'output/analysis'):
+        print(path)

@@ -1,0 +1,174 @@
+"""Which channels depend on each other: Torch-Pruning's dependency graph, made to understand shared filter bases.
+
+Paper: `DepGraph: Towards Any Structural Pruning` - https://arxiv.org/abs/2301.12900.
+
+A `SharedBasisConv2d` is one node. Its inputs are the input channels of its filters, so layers that share a basis lose
+the same input channels; that is an extra edge between them. Its outputs are rows of its own coefficients, or, where it
+has none, the shared filters themselves, which again ties the layers.
+"""
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from timm_lean.errors import LeanError, PackageMissingError
+from timm_lean.layers import FilterBasis, SharedBasisConv2d
+
+try:
+    import torch_pruning as tp
+    from torch_pruning.dependency import Dependency
+except ImportError as e:
+    raise PackageMissingError('Channel pruning and compact() need torch-pruning. Install it by '
+                              "pip install 'timm-lean[prune]'.") from e
+
+__all__ = ['build_graph', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
+
+
+class SharedBasisPruner(tp.BasePruningFunc):
+    """How Torch-Pruning removes channels of a `SharedBasisConv2d`; a shared basis is cut by the first of its layers."""
+    TARGET_MODULES = SharedBasisConv2d
+
+    def prune_out_channels(self, layer: SharedBasisConv2d, idxs: Sequence[int]) -> nn.Module:
+        keep = _keep(layer.out_channels, idxs)
+        layer.out_channels = len(keep)
+        if isinstance(layer.coeff, nn.Conv2d):
+            tp.prune_conv_out_channels(layer.coeff, list(idxs))
+            return layer
+        if layer.basis is not None and layer.basis.num_filters != len(keep):
+            _cut(layer.basis, 0, keep)
+            layer.basis.num_filters = len(keep)
+        layer.shared_rank = len(keep)
+        return layer
+
+    def prune_in_channels(self, layer: SharedBasisConv2d, idxs: Sequence[int]) -> nn.Module:
+        keep = _keep(layer.in_channels, idxs)
+        layer.in_channels = len(keep)
+        for bank in layer.banks():
+            if bank.in_channels != len(keep):
+                _cut(bank, 1, keep)
+                bank.in_channels = len(keep)
+        return layer
+
+    def get_out_channels(self, layer: SharedBasisConv2d) -> int:
+        return layer.out_channels
+
+    def get_in_channels(self, layer: SharedBasisConv2d) -> int:
+        return layer.in_channels
+
+
+def _keep(count: int, idxs: Sequence[int]) -> list[int]:
+    gone = set(idxs)
+    return [i for i in range(count) if i not in gone]
+
+
+def _cut(bank: FilterBasis, dim: int, keep: list[int]) -> None:
+    index = torch.tensor(keep, device=bank.weight.device)
+    bank.weight = nn.Parameter(bank.weight.detach().index_select(dim, index), bank.weight.requires_grad)
+
+
+class _OneNode(torch.autograd.Function):
+    """Stands for a whole layer in the graph: an output of the right shape that depends on the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: SharedBasisConv2d) -> torch.Tensor:
+        height, width = (-(-n // s) for n, s in zip(x.shape[2:], layer.stride, strict=True))
+        return x.new_zeros(len(x), layer.out_channels, height, width)
+
+
+@contextmanager
+def _one_node_each(layers: Sequence[SharedBasisConv2d]) -> Iterator[None]:
+    try:
+        for layer in layers:
+            layer.forward = lambda x, layer=layer: _OneNode.apply(x, layer)  # type: ignore[method-assign, misc]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop('forward', None)
+
+
+def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
+    """Trace a model (left in eval mode) into a `torch_pruning.DependencyGraph`.
+
+    Raises:
+        LeanError: The model cannot be traced, or has grouped shared bases.
+    """
+    shared = [m for m in model.modules() if isinstance(m, SharedBasisConv2d)]
+    for layer in shared:
+        if any(bank.groups > 1 for bank in layer.banks()):
+            raise LeanError('Channels of grouped shared bases cannot be pruned.')
+    pruner = SharedBasisPruner()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings(), _one_node_each(shared):
+            warnings.simplefilter('ignore')
+            graph = tp.DependencyGraph().build_dependency(
+                model.eval(), example_inputs, customized_pruners={SharedBasisConv2d: pruner}, verbose=False)
+    except LeanError:
+        raise
+    except Exception as e:  # tracing runs the model's own code and Torch-Pruning's assumptions about it
+        raise LeanError(f'Torch-Pruning cannot trace {type(model).__name__} with an input of shape '
+                        f'{list(getattr(example_inputs, "shape", []))}: {type(e).__name__}: '
+                        f'{str(e).partition(chr(10))[0][:200]}') from e
+    by_basis: dict[int, list[SharedBasisConv2d]] = {}
+    for layer in shared:
+        if layer.basis is not None and layer in graph.module2node:
+            by_basis.setdefault(id(layer.basis), []).append(layer)
+    for layers in by_basis.values():
+        ties = [pruner.prune_in_channels]
+        if not isinstance(layers[0].coeff, nn.Conv2d):
+            ties.append(pruner.prune_out_channels)
+        for a, b in pairwise(layers):
+            for source, target in ((a, b), (b, a)):
+                node = graph.module2node[source]
+                node.dependencies += [
+                    Dependency(trigger=fn, handler=fn, source=node, target=graph.module2node[target]) for fn in ties]
+    return graph
+
+
+def channel_groups(graph: Any, ignored: Sequence[nn.Module]) -> list[Any]:
+    """The groups of channels that can only leave together, each with all its channels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, SharedBasisConv2d)
+        return list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=roots))
+
+
+def conv_groups(graph: Any, group: Any) -> int:
+    """Into how many parts of equal size a group's channels are divided, by grouped convolutions or group norms."""
+    count = 1
+    for dep, _ in group:
+        module = dep.target.module
+        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
+            count = max(count, module.groups)
+        elif isinstance(module, nn.GroupNorm):
+            count = max(count, module.num_groups)
+    return count
+
+
+def is_consistent(group: Any) -> bool:
+    """Whether a full group takes each of its convolutions whole.
+
+    It does not where a model's code pads, slices or splits channels in a way the graph misses; to remove channels there
+    would pair the wrong ones.
+    """
+    for dep, idxs in group:
+        module, name = dep.target.module, dep.handler.__name__
+        if isinstance(module, (nn.Conv2d, SharedBasisConv2d)) and 'out_channels' in name:
+            if sorted(set(idxs)) != list(range(module.out_channels)):
+                return False
+        elif isinstance(module, (nn.Conv2d, SharedBasisConv2d)) and idxs and max(idxs) >= module.in_channels:
+            return False
+    return True
+
+
+def classifier_modules(model: nn.Module) -> list[nn.Module]:
+    """The classifier of a timm model, whose outputs are classes and no channels."""
+    get = getattr(model, 'get_classifier', None)
+    head = get() if callable(get) else None
+    heads = head if isinstance(head, (tuple, list)) else [head]
+    return [m for h in heads if isinstance(h, nn.Module) for m in h.modules()]

@@ -1,0 +1,119 @@
+"""What a pruning run did, layer by layer: a table and a picture."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from timm_lean.errors import LeanError
+from timm_lean.regularizers.filters import FilterBank
+
+__all__ = ['LayerReport', 'PruneReport', 'plot_report', 'report_banks']
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One filter bank.
+
+    Attributes:
+        name: Its module.
+        shape: Of the weight, `[N, C / groups, kh, kw]`.
+        pruned: Kernels that are zero.
+        dead_filters: Filters all of whose kernels are zero.
+        kept_by_bound: Kernels that were to be pruned and are kept by `min_keep`.
+    """
+    name: str
+    shape: tuple[int, ...]
+    pruned: int
+    dead_filters: int
+    kept_by_bound: int = 0
+
+    @property
+    def kernels(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All filter banks of a model; `str()` is a table."""
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def kernels(self) -> int:
+        return sum(layer.kernels for layer in self.layers)
+
+    @property
+    def pruned(self) -> int:
+        return sum(layer.pruned for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """Pruned kernels as a share of all."""
+        return self.pruned / self.kernels
+
+    @property
+    def bounded(self) -> list[str]:
+        """The layers in which `min_keep` kept kernels."""
+        return [layer.name for layer in self.layers if layer.kept_by_bound]
+
+    def __str__(self) -> str:
+        width = max(5, *(len(layer.name) for layer in self.layers))
+        lines = [f'{"layer":{width}}  {"shape":>18}  {"kernels":>10}  {"pruned":>10}  {"%":>5}  dead filters']
+        for layer in self.layers:
+            shape = ' x '.join(map(str, layer.shape))
+            lines.append(
+                f'{layer.name:{width}}  {shape:>18}  {layer.kernels:>10,}  {layer.pruned:>10,}  '
+                f'{100 * layer.pruned / layer.kernels:>5.1f}  {layer.dead_filters} of {layer.shape[0]}'
+                + (f'  (min_keep kept {layer.kept_by_bound:,})' if layer.kept_by_bound else ''))
+        dead, filters = sum(x.dead_filters for x in self.layers), sum(x.shape[0] for x in self.layers)
+        lines.append(f'{"all":{width}}  {"":>18}  {self.kernels:>10,}  {self.pruned:>10,}  {100 * self.share:>5.1f}  '
+                     f'{dead} of {filters}')
+        return '\n'.join(lines)
+
+
+def report_banks(banks: Sequence[FilterBank], kept: dict[str, int] | None = None) -> PruneReport:
+    """Count the kernels that are zero now.
+
+    Args:
+        banks: The filter banks.
+        kept: By name, how many kernels `min_keep` kept.
+    """
+    layers = []
+    for bank in banks:
+        live = live_kernels(bank.weight)
+        layers.append(LayerReport(
+            bank.name, tuple(bank.weight.shape), int((~live).sum()), int((~live.any(1)).sum()),
+            (kept or {}).get(bank.name, 0)))
+    return PruneReport(tuple(layers))
+
+
+def live_kernels(weight: torch.Tensor) -> torch.Tensor:
+    """`[N, C / groups]`, True where a kernel has an entry that is not zero."""
+    return (weight.detach() != 0).flatten(2).any(2)
+
+
+def plot_report(report: PruneReport, path: str | Path) -> None:
+    """Draw the pruned share of every layer to an image file (`.png`, `.svg`, `.pdf`).
+
+    Raises:
+        LeanError: The file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = report.layers
+    figure = Figure(figsize=(max(6.0, 0.22 * len(layers) + 2), 4.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(layers))
+    axes.bar(places, [100 * layer.pruned / layer.kernels for layer in layers], label='kernels')
+    axes.plot(places, [100 * layer.dead_filters / layer.shape[0] for layer in layers], 'k.', label='whole filters')
+    axes.axhline(100 * report.share, color='0.5', linestyle='--', label='kernels, all layers')
+    axes.set_xticks(list(places), [layer.name for layer in layers], rotation=90, fontsize=7)
+    axes.set_ylabel('pruned, %')
+    axes.set_ylim(0, 100)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as e:
+        raise LeanError(f'The plot cannot be written to {str(path)!r}: {e}') from e

@@ -1,0 +1,141 @@
+"""The structural step `resize`: a network with other channel counts, as data.
+
+What pruning changed is found by comparing the network with a freshly built one: shapes of parameters and buffers, whole
+numbers among the modules' attributes, and the channels in `feature_info`. Only differences are stored, so a recipe says
+for each module what it has now, and rebuilding needs neither pickled modules nor tracing.
+"""
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from timm_lean.errors import LeanError
+from timm_lean.recipe import build, recipe_of, record_step, register_step
+
+__all__ = ['feature_channels', 'record_resize', 'resize', 'set_feature_channels']
+
+STEP = 'resize'
+_SKIPPED = {'num_classes', 'training'}
+
+
+def record_resize(model: nn.Module) -> None:
+    """Note on a model how it differs in size from what its recipe builds; an earlier such note right before is merged.
+
+    Raises:
+        LeanError: The model was not made by timm, or modules were added or taken out.
+    """
+    recipe = recipe_of(model)
+    while recipe.steps and recipe.steps[-1]['op'] == STEP:
+        recipe.steps.pop()
+    with torch.device('meta'):
+        fresh = build(recipe)
+    modules = _differences(fresh, model)
+    channels = feature_channels(model)
+    model.lean_steps = recipe.steps  # type: ignore[assignment]
+    if modules or channels != feature_channels(fresh):
+        record_step(model, STEP, modules=modules, **({'feature_channels': channels} if channels else {}))
+
+
+@register_step(STEP)
+def resize(
+        model: nn.Module, modules: dict[str, dict[str, Any]], feature_channels: list[int] | None = None) -> nn.Module:
+    """Give modules the sizes a pruned network has, in place.
+
+    Args:
+        model: The network; its values do not matter.
+        modules: Name to what differs: shapes of tensors (None for a size that stays), whole numbers, or tuples of
+            them. A `bias` may be added; nothing may grow.
+        feature_channels: Channels in `feature_info`.
+
+    Raises:
+        LeanError: A module or attribute that is not there, or a size that makes no sense.
+    """
+    if not isinstance(modules, dict):
+        raise LeanError(f'The step {STEP!r} needs modules={{name: sizes}}, got {str(modules)[:100]!r}.')
+    named = dict(model.named_modules())
+    for name, changes in modules.items():
+        if name not in named or not isinstance(changes, dict):
+            raise LeanError(f'The step {STEP!r} has sizes for {name!r}, which {type(model).__name__} does not have.')
+        for attribute, value in changes.items():
+            _apply(named[name], name, attribute, value)
+    if feature_channels is not None:
+        set_feature_channels(model, feature_channels)
+    record_step(model, STEP, modules=modules, **({'feature_channels': feature_channels} if feature_channels else {}))
+    return model
+
+
+def feature_channels(model: nn.Module) -> list[int]:
+    """The channels listed in a timm model's `feature_info`, [] if it has none."""
+    info = getattr(model, 'feature_info', None) or []
+    return [int(entry['num_chs']) for entry in getattr(info, 'info', info)]
+
+
+def set_feature_channels(model: nn.Module, channels: list[int]) -> None:
+    """Write channels into `feature_info`; its entries are copied, for they may be shared between models."""
+    holder: Any = getattr(model, 'feature_info', None) or []
+    entries = getattr(holder, 'info', holder)
+    if (not isinstance(channels, list) or len(channels) != len(entries)
+            or any(type(c) is not int or c < 1 for c in channels)):
+        raise LeanError(f'{type(model).__name__} has {len(entries)} feature levels, got the channels '
+                        f'{str(channels)[:100]}.')
+    entries = [{**entry, 'num_chs': c} for entry, c in zip(entries, channels, strict=True)]
+    if hasattr(holder, 'info'):
+        holder.info = entries
+    else:
+        model.feature_info = entries  # type: ignore[assignment]
+
+
+def _differences(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+    old, new = dict(fresh.named_modules()), dict(model.named_modules())
+    if old.keys() != new.keys():
+        raise LeanError(f'The model has other modules than {type(model).__name__} is built with: '
+                        f'{", ".join(sorted(old.keys() ^ new.keys())[:3])}.')
+    result = {}
+    for name, module in new.items():
+        changes: dict[str, Any] = {}
+        for kind in ('_parameters', '_buffers'):
+            for key, tensor in getattr(module, kind).items():
+                before = getattr(old[name], kind).get(key)
+                if tensor is not None and (before is None or before.shape != tensor.shape):
+                    sizes = [None] * tensor.ndim if before is None else before.shape
+                    changes[key] = [n if n != m else None for n, m in zip(tensor.shape, sizes, strict=True)]
+        for key, value in module.__dict__.items():
+            before = old[name].__dict__.get(key)
+            if key[0] != '_' and key not in _SKIPPED and _is_size(value) and _is_size(before) and value != before:
+                changes[key] = value if isinstance(value, int) else list(value)
+        if changes:
+            result[name] = changes
+    return result
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, tuple) and bool(value) and all(type(v) is int for v in value))
+
+
+def _apply(module: nn.Module, name: str, attribute: str, value: Any) -> None:
+    wrong = LeanError(f'The step {STEP!r} cannot set {name}.{attribute} to {str(value)[:100]}.')
+    kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in kinds:
+        if attribute not in tensors:
+            continue
+        old = tensors[attribute]
+        if old is None:
+            weight = getattr(module, 'weight', None)
+            if attribute != 'bias' or weight is None or value != [len(weight)]:
+                raise wrong
+            module.bias = nn.Parameter(weight.new_zeros(len(weight)))
+            return
+        if not isinstance(value, list) or len(value) != old.ndim:
+            raise wrong
+        sizes = [m if n is None else n for n, m in zip(value, old.shape, strict=True)]
+        if any(type(n) is not int or not 0 < n <= m for n, m in zip(sizes, old.shape, strict=True)):
+            raise wrong
+        resized = old.detach()[tuple(slice(n) for n in sizes)].clone()
+        tensors[attribute] = nn.Parameter(resized, old.requires_grad) if isinstance(old, nn.Parameter) else resized
+        return
+    current = module.__dict__.get(attribute)
+    value = tuple(value) if isinstance(value, list) else value
+    if (attribute[:1] == '_' or attribute in _SKIPPED or not _is_size(current) or not _is_size(value)
+            or type(value) is not (int if isinstance(current, int) else tuple)):
+        raise wrong
+    setattr(module, attribute, value)

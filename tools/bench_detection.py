@@ -1,0 +1,183 @@
+"""Time and memory of a training iteration of a detector: dense, shared, shared with regularizers.
+
+    python tools/bench_detection.py --backbones resnet34 resnet34_s48u1_dual --img-size 640 --batch-size 2
+
+The detector is RetinaNet as in `mmdet_configs/retinanet`. Rounds are interleaved (every variant once per round), so
+that a disturbance hits all of them alike; the table shows medians and quartiles. The cost of the hook is the median
+over the rounds of the time with the regularizers over the time without, of the same detector. A regularizer sees
+weights only: its time does not depend on the images, so its share grows as they get smaller.
+"""
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import timm_lean.mmdet  # noqa: F401  # isort: skip  (prepares what follows)
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch.profiler import ProfilerActivity, profile
+
+from timm_lean.mmdet import RegularizerHook
+from timm_lean.mmdet.detector import build_detector
+from timm_lean.mmdet.settings import open_config
+
+CONFIG = Path(__file__).parents[1] / 'mmdet_configs' / '_base_' / 'retinanet_1x_coco.py'
+CLASSES = 80
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure; one dict per variant.
+
+    Returns:
+        Keys `what`, `params` (of the detector), `ms`, `q1`, `q3` of `repeats` iterations (forward, losses, backward,
+        update), `peak_mb` beyond the weights, `hook` (relative cost of the hook; None without).
+    """
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    data = make_batch(args.batch_size, args.img_size)
+    steps: dict[str, Callable[[], Any]] = {}
+    params = {}
+    pairs = {}
+    for name in args.backbones:
+        cfg = open_config(CONFIG)
+        cfg.model.backbone.model_name = name
+        model = build_detector(cfg).to(device).train()
+        steps[name] = make_step(model, data, device)
+        params[name] = sum(p.numel() for p in model.parameters())
+        if name == args.backbones[-1]:
+            hook = RegularizerHook([dict(type=reg, weight=args.weight) for reg in args.regularizers])
+            runner = SimpleNamespace(model=model, hooks=[hook], iter=0, max_iters=1)
+            label = f'{name} + {", ".join(args.regularizers)}'
+            steps[label] = with_hook(hook, runner, steps[name])
+            params[label], pairs[label] = params[name], name
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for i in range(args.repeats + 1):
+        # every other round backwards, so that no variant always follows the same one
+        for label in list(steps) if i % 2 else list(steps)[::-1]:
+            seconds = steps[label]()
+            if i:
+                times[label].append(seconds)
+    rows = []
+    for label, seconds in times.items():
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method='inclusive')
+        hook_cost = None
+        if label in pairs:
+            hook_cost = statistics.median(a / b for a, b in zip(seconds, times[pairs[label]], strict=True)) - 1
+        rows.append({
+            'what': label, 'params': params[label], 'ms': 1e3 * median, 'q1': 1e3 * q1, 'q3': 1e3 * q3,
+            'repeats': len(seconds), 'peak_mb': peak_bytes(steps[label], device) / 1e6, 'hook': hook_cost})
+    return rows
+
+
+def make_step(model: Any, data: dict[str, list[Any]], device: torch.device) -> Callable[[], float]:
+    """A training iteration that returns its seconds."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def step() -> float:
+        batch = copy.deepcopy(data)
+        synchronize(device)
+        start = time.perf_counter()
+        losses = model(**model.data_preprocessor(batch, training=True), mode='loss')
+        loss, _ = model.parse_losses(losses)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()  # at the end, so that the memory of the gradients is that of an iteration
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return step
+
+
+def with_hook(hook: RegularizerHook, runner: Any, step: Callable[[], float]) -> Callable[[], float]:
+    """The same iteration with the regularizers in the loss."""
+    def hooked() -> float:
+        hook.before_train(runner)
+        try:
+            return step()
+        finally:
+            hook.after_train(runner)
+
+    return hooked
+
+
+def make_batch(batch_size: int, size: int) -> dict[str, list[Any]]:
+    """Random images with eight boxes each, before the data preprocessor."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(batch_size):
+        low = rng.uniform(0, size * 0.6, (8, 2))
+        boxes = np.concatenate((low, low + rng.uniform(size * 0.1, size * 0.4, (8, 2))), axis=1).astype(np.float32)
+        sample = DetDataSample(metainfo=dict(
+            img_shape=(size, size), ori_shape=(size, size), batch_input_shape=(size, size), pad_shape=(size, size),
+            scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(
+            bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, CLASSES, 8)))
+        samples.append(sample)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8)) for _ in samples]
+    return dict(inputs=images, data_samples=samples)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes held at once in an iteration beyond those held before."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ['| backbone | detector parameters | median ms | quartiles | repeats | memory, MB | cost of the hook |',
+             '|' + ' --- |' * 7]
+    for row in rows:
+        hook = '' if row['hook'] is None else f'{100 * row["hook"]:+.1f} %'
+        lines.append(f'| {row["what"]} | {row["params"]:,} | {row["ms"]:.0f} | {row["q1"]:.0f} - {row["q3"]:.0f} | '
+                     f'{row["repeats"]} | {row["peak_mb"]:.0f} | {hook} |')
+    return '\n'.join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--backbones', nargs='+', default=['resnet34', 'resnet34_s48u1_dual'],
+                   help='timm names, the one that is regularized last')
+    p.add_argument('--regularizers', nargs='+', default=['basis_ortho'])
+    p.add_argument('--weight', type=float, default=1e-4)
+    p.add_argument('--batch-size', type=int, default=2)
+    p.add_argument('--img-size', type=int, default=640)
+    p.add_argument('--repeats', type=int, default=20)
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads())
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    print(f'torch {torch.__version__}, {args.device}, {args.threads} threads, batch {args.batch_size} at '
+          f'{args.img_size} px')
+    print(format_rows(run(args)))
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,8 @@
+"""Evaluate a detector: `python tools/test_det.py CONFIG CHECKPOINT [--work-dir DIR] [--show-dir DIR]`."""
+import sys
+
+import timm_lean.mmdet  # noqa: F401  (also in worker processes started by spawn, which import this file)
+from timm_lean.mmdet.launch import test_main
+
+if __name__ == '__main__':
+    sys.exit(test_main())

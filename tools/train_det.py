@@ -1,0 +1,8 @@
+"""Train a detector: `python tools/train_det.py CONFIG [--work-dir DIR] [--resume] [--amp] [--cfg-options K=V ...]`."""
+import sys
+
+import timm_lean.mmdet  # noqa: F401  (also in worker processes started by spawn, which import this file)
+from timm_lean.mmdet.launch import train_main
+
+if __name__ == '__main__':
+    sys.exit(train_main())
