@@ -166,7 +166,8 @@ def test_global_pruning_meets_its_ratio_and_empties_nothing():
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.Conv2d):
-                m.weight.mul_(torch.rand(m.out_channels, 1, 1, 1) * 10 / kernel_scores(m.weight, 'weight').sum(1).mean())
+                mean = kernel_scores(m.weight, 'weight').sum(1).mean()
+                m.weight.mul_(torch.rand(m.out_channels, 1, 1, 1) * 10 / mean)
         model.layer2[0].conv1.weight.mul_(1e-6)
     small = prune_channels(model, x, 'weight', 0.4, global_pruning=True, round_to=1, max_ratio=0.8, normalizer=None,
                            group_reduction='first')

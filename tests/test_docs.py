@@ -47,7 +47,7 @@ def commands():
                         yield page.name, shlex.split(line, comments=True)[1:]
 
 
-@pytest.mark.parametrize('page, arguments', list(commands()), ids=lambda v: v if isinstance(v, str) else ' '.join(v)[:70])
+@pytest.mark.parametrize('page, arguments', list(commands()), ids=str)
 def test_shown_commands_are_accepted(page, arguments):
     arguments = ['1' if re.fullmatch(r'[A-Z]', a) else a.removesuffix('...') for a in arguments]
     timm_lean_cli.build_parser().parse_args(arguments)

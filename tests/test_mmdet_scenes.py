@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from mmdet_support import SHARED, open_config
+from mmengine.registry import init_default_scope
 from PIL import Image
 
 from timm_lean import LeanError
@@ -45,6 +46,7 @@ def test_validation_has_other_digits():
 
 
 def test_dataset_writes_itself_and_loads(tmp_path):
+    init_default_scope('mmdet')  # as a Runner does
     cfg = open_config(SHARED)
     dataset = DigitScenes(str(tmp_path), split='val', size=64, counts=COUNTS, pipeline=cfg.train_pipeline)
     assert len(dataset) == 3 and dataset.metainfo['classes'] == tuple('0123456789')

@@ -212,12 +212,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def _largest_number(value: Any) -> float:
-    """The largest magnitude of a number anywhere in plain data."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return max(map(_largest_number, value), default=0)
-    return abs(value) if isinstance(value, (int, float)) else 0
+    """The largest magnitude of a number anywhere in plain data, however deeply nested."""
+    largest, todo = 0., [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, (dict, list)):
+            todo += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, (int, float)):
+            largest = max(largest, abs(item))
+    return largest
 
 
 def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:

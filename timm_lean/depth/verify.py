@@ -183,7 +183,8 @@ def format_sweep(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str,
         ratio = '-' if r['median_ratio'] is None else f'{r["median_ratio"]:.2f}'
         within = ' (within)' if r['depth'] <= bound else ''
         top1 = f'{r["top1"]:.2f} ± {r["top1_std"]:.2f} ({r["seeds"]})'
-        lines.append(f'| {r["depth"]}{within} | {r["params"]:,} | {top1} | {r["epoch_seconds"]:.2f} | {share} | {ratio} |')
+        lines.append(
+            f'| {r["depth"]}{within} | {r["params"]:,} | {top1} | {r["epoch_seconds"]:.2f} | {share} | {ratio} |')
     lines.append('')
     for c in comparisons:
         p = 'no test with so few seeds' if c['p'] is None else f'p = {c["p"]:.3f}'

@@ -17,6 +17,7 @@ from timm.layers import EcaModule
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis
+from timm_lean.regularizers.filters import check_finite, find_filter_banks
 from timm_lean.report import count_macs, count_params
 
 from .graph import build_graph, channel_groups, classifier_modules, conv_groups, is_consistent
@@ -103,6 +104,7 @@ def prune_channels(
     if any(isinstance(m, EcaModule) for m in model.modules()):
         raise LeanError(f'{type(model).__name__} has ECA attention, a convolution along the channels: removing one '
                         'changes its neighbours. Channel pruning does not support it.')
+    check_finite(find_filter_banks(model), 'Channel pruning')
     importance = importance or SpectralImportance(criterion, group_reduction, normalizer)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     new = copy.deepcopy(model)

@@ -56,7 +56,8 @@ def prune_command(args: argparse.Namespace) -> None:
             print(model.compact_report)
     else:
         if any(s['op'] == 'resize' for s in getattr(model, 'lean_steps', [])) and not option('again'):
-            raise LeanError(f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
+            raise LeanError(
+                f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
         from .channels import prune_channels
         model = prune_channels(
             model, x, criterion, 0.5 if option('ratio') is None else args.ratio,

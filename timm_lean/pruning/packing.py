@@ -108,7 +108,9 @@ def _pack_one(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     rows = tensor.flatten(0, 1)
     # compared as bytes, so that -0.0 is not taken for zero
-    live = rows.flatten(1).view(torch.uint8).any(1).bool()
+    # a channels-last 1 x 1 weight counts as contiguous with strides that cannot be viewed as bytes; a copy can
+    data = rows.flatten(1).clone(memory_format=torch.contiguous_format)
+    live = data.view(torch.uint8).any(1).bool()
     count, size = len(rows), rows[0].numel()
     missing = math.ceil((count * size / _MAX_RATIO - -(-count // 8)) / size) - int(live.sum())
     if missing > 0:
