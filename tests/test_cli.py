@@ -86,6 +86,23 @@ def test_export_folds_and_writes_a_directory_timm_loads(capsys, checkpoint, tmp_
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_analyze_compares_feature_similarity(capsys, checkpoint, tmp_path):
+    code, out, _ = run(
+        capsys, 'analyze', checkpoint, '--similarity', '--vs', 'resnet32_cifar', '--batches', '1', '--device', 'cpu',
+        '-o', tmp_path / 's.png')
+    assert code == 0 and out.splitlines()[0].split() == ['layer', 'before', 'after', 'change']
+    values = [line.split() for line in out.splitlines()[1:]]
+    assert values[-1][0] == 'mean' and all(0 <= float(v) <= 1 for row in values for v in row[1:3])
+    assert Image.open(tmp_path / 's.png').size[0] > 100
+    code, _, err = run(capsys, 'analyze', checkpoint, '--device', 'cpu')
+    assert code == 2 and '--similarity' in err
+
+
+def test_doctor_prints_versions(capsys):
+    _, out, _ = run(capsys, 'doctor')
+    assert f'timm-lean {timm_lean_version()}' in out and f'timm {timm.__version__}' in out
+
+
 def test_config_file_is_overridden_by_flags(capsys, tmp_path):
     (tmp_path / 'c.yaml').write_text('model: resnet20_cifar\nmodel_args: {layers: [1, 1, 1]}\nepochs: 3\nimg-size: 8\n')
     code, out, err = run(

@@ -172,7 +172,9 @@ def bench_shared(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 # benchmarks in files of their own, each with `main(argv) -> exit code`
-_PLUGINS = {'regularizers': 'bench_regularizers', 'detection': 'bench_detection'}
+_PLUGINS = {
+    'regularizers': 'bench_regularizers', 'detection': 'bench_detection', 'criteria': 'bench_criteria',
+    'entropy': 'bench_entropy'}
 
 
 def main() -> int:
