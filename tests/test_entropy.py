@@ -295,13 +295,13 @@ def _shard_worker(rank: int, world: int, folder: str, output: str) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_three_processes_give_the_answer_of_one(folder, tmp_path):
+def test_two_processes_give_the_answer_of_one(folder, tmp_path):
     (folder / 'a' / '03.png').write_bytes(b'not an image')
     single = [dataset_entropy(folder, mode=m, on_error='skip').to_dict() for m in ('pooled', 'dataset', 'per_channel')]
     with pytest.raises(LeanError) as e:
         dataset_entropy(folder)
-    mp.spawn(_shard_worker, args=(3, str(folder), str(tmp_path)), nprocs=3)
-    for rank in range(3):
+    mp.spawn(_shard_worker, args=(2, str(folder), str(tmp_path)), nprocs=2)
+    for rank in range(2):
         assert json.loads((tmp_path / f'{rank}.json').read_text()) == json.loads(json.dumps([*single, str(e.value)]))
 
 

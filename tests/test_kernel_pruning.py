@@ -1,5 +1,7 @@
 """Kernel pruning: the right kernels go, they stay gone, and the model remains an ordinary model."""
+import argparse
 import copy
+import csv
 import logging
 
 import numpy as np
@@ -15,6 +17,8 @@ from timm_lean import LeanError, load_model, save_model
 from timm_lean.checkpoint import save_hf_dir
 from timm_lean.layers import FilterBasis
 from timm_lean.pruning import CRITERIA, KernelPruner, PruneSchedule, kernel_scores, plot_report, prune_kernels
+from timm_lean.pruning.analysis import THRESHOLDS, analyze_criteria
+from timm_lean.pruning.command import analyze_command, prune_command
 from timm_lean.recipe import recipe_of
 
 
@@ -404,3 +408,96 @@ def test_nan_weights_during_training_are_an_error():
         model.conv1.weight.fill_(float('inf'))
     with pytest.raises(LeanError, match='not all finite'):
         pruner.set_progress(0)
+
+
+# --- analysis and command line ----------------------------------------------------------------------------------------
+
+def test_analysis_counts_what_pruning_would_prune(tmp_path):
+    model = thin()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.weight.mul_(torch.logspace(-6, 0, m.weight.shape[1]).view(1, -1, 1, 1))
+    analysis = analyze_criteria(model, 1e-4)
+    for criterion in CRITERIA:
+        pruned = copy.deepcopy(model)
+        report = KernelPruner(pruned, criterion, threshold=1e-4, min_keep=0).prune()
+        at = min(range(len(THRESHOLDS)), key=lambda i: abs(THRESHOLDS[i] - 1e-4))
+        assert analysis.curves[criterion][at] == pytest.approx(report.share, abs=1e-9)
+        for layer in report.layers:
+            count, _, shares = analysis.layers[layer.name]
+            assert (count, shares[criterion]) == (layer.kernels, pytest.approx(layer.pruned / layer.kernels))
+    assert analysis.overlap['det', 'det_gram'] == 1
+    assert analysis.overlap['weight', 'min_eig'] == analysis.overlap['min_eig', 'weight']
+    eigenvalues = np.concatenate([np.linalg.eigvals(m.weight.detach().double().flatten(0, 1).numpy())
+                                  for m in model.modules() if isinstance(m, nn.Conv2d)])
+    assert analysis.complex_share == pytest.approx((np.abs(eigenvalues.imag).max(1) > 0).mean(), abs=1e-3)
+    paths = analysis.save(tmp_path / 'a')
+    assert [p.name for p in paths] == ['curves.csv', 'layers.csv', 'overlap.csv', 'criteria.png']
+    with open(tmp_path / 'a' / 'layers.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['layer'] for row in rows] == list(analysis.layers)
+    assert float(rows[3]['weight']) == analysis.layers[rows[3]['layer']][2]['weight']
+    assert 'spectral_norm' in str(analysis)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: analyze_criteria(thin(), -1), 'at least 0'), (lambda: analyze_criteria(_with_nan()), 'not all finite'),
+    (lambda: analyze_criteria(nn.Sequential(nn.Conv2d(1, 1, (1, 3)))), 'square kernels'),
+    (lambda: analyze_criteria(nn.Linear(1, 1)), 'has none')])
+def test_bad_analyses(call, words):
+    with pytest.raises(LeanError, match=words):
+        call()
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('prune') / 'm.safetensors'
+    save_model(thin(), path)
+    return str(path)
+
+
+def command(model, output, **options) -> None:
+    prune_command(argparse.Namespace(model=str(model), output=str(output), **options))
+
+
+def test_command_prunes_kernels(checkpoint, tmp_path, capsys):
+    out = tmp_path / 'p.safetensors'
+    command(checkpoint, out, criterion='spectral_norm', amount=0.8, plot=str(tmp_path / 'p.png'))
+    assert share(load_model(out)) == pytest.approx(0.8, abs=0.01)
+    text = capsys.readouterr().out
+    assert 'layer1.0.conv1' in text and 'non-zero' in text and 'live kernels' in text
+    assert (tmp_path / 'p.png').stat().st_size > 1000
+    with pytest.raises(LeanError, match='--again'):
+        command(out, tmp_path / 'q.safetensors', amount=0.9)
+    command(out, tmp_path / 'q.safetensors', amount=0.9, again=True)
+    assert share(load_model(tmp_path / 'q.safetensors')) == pytest.approx(0.9, abs=0.01)
+
+
+def test_command_compacts_and_prunes_channels(checkpoint, tmp_path, capsys):
+    pytest.importorskip('torch_pruning')
+    command(checkpoint, tmp_path / 'c.safetensors', amount=0.9, compact=True)
+    assert 'channels removed' in capsys.readouterr().out
+    out = tmp_path / 'd.safetensors'
+    command(checkpoint, out, granularity='channel', ratio=0.5, ignore='layer3.*')
+    small = load_model(out)
+    assert small.layer1[0].conv1.out_channels == 8 and small.layer3[0].conv1.out_channels == 64
+    with pytest.raises(LeanError, match='--again'):
+        command(out, tmp_path / 'e.safetensors', granularity='channel')
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(amount=0.5, output='x.pt'), 'ends in .safetensors'), (dict(), 'exactly one'),
+    (dict(criterion='eigen', amount=0.5), 'Unknown pruning criterion'),
+    (dict(granularity='channel', amount=0.5), '--amount belongs to --granularity kernel'),
+    (dict(ratio=0.5), '--ratio belongs to --granularity channel')])
+def test_command_refuses(checkpoint, tmp_path, options, words):
+    with pytest.raises(LeanError, match=words):
+        command(checkpoint, **{'output': tmp_path / 'o.safetensors', **options})
+
+
+def test_command_analyzes(checkpoint, tmp_path, capsys):
+    analyze_command(argparse.Namespace(model=checkpoint, threshold=1e-2, output=str(tmp_path / 'a')))
+    assert 'complex eigenvalues' in capsys.readouterr().out
+    assert len(list((tmp_path / 'a').iterdir())) == 4

@@ -1,6 +1,7 @@
 """Time and memory of a training iteration of a detector: dense, shared, shared with regularizers.
 
     python tools/bench_detection.py --backbones resnet34 resnet34_s48u1_dual --img-size 640 --batch-size 2
+    python tools/bench_detection.py --configs mmdet_configs/bccd/*.py --img-size 320 --batch-size 4
 
 The detector is RetinaNet as in `mmdet_configs/retinanet`. Rounds are interleaved (every variant once per round), so
 that a disturbance hits all of them alike; the table shows medians and quartiles. The cost of the hook is the median
@@ -28,7 +29,7 @@ from timm_lean.mmdet.detector import build_detector
 from timm_lean.mmdet.settings import open_config
 
 CONFIG = Path(__file__).parents[1] / 'mmdet_configs' / '_base_' / 'retinanet_1x_coco.py'
-CLASSES = 80
+CLASSES = 3  # of the random boxes; every detector has as many
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -41,17 +42,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    data = make_batch(args.batch_size, args.img_size)
+    variants = {Path(path).stem: open_config(path) for path in args.configs}
+    for name in () if variants else args.backbones:
+        variants[name] = open_config(CONFIG)
+        variants[name].model.backbone.model_name = name
     steps: dict[str, Callable[[], Any]] = {}
     params = {}
     pairs = {}
-    for name in args.backbones:
-        cfg = open_config(CONFIG)
-        cfg.model.backbone.model_name = name
+    for name, cfg in variants.items():
         model = build_detector(cfg).to(device).train()
-        steps[name] = make_step(model, data, device)
+        steps[name] = make_step(model, make_batch(args.batch_size, args.img_size), device)
         params[name] = sum(p.numel() for p in model.parameters())
-        if name == args.backbones[-1]:
+        if name == list(variants)[-1]:
             hook = RegularizerHook([dict(type=reg, weight=args.weight) for reg in args.regularizers])
             runner = SimpleNamespace(model=model, hooks=[hook], iter=0, max_iters=1)
             label = f'{name} + {", ".join(args.regularizers)}'
@@ -161,6 +163,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--backbones', nargs='+', default=['resnet34', 'resnet34_s48u1_dual'],
                    help='timm names, the one that is regularized last')
+    p.add_argument('--configs', nargs='+', default=[], metavar='FILE',
+                   help='detector configs instead of --backbones, the one that is regularized last')
     p.add_argument('--regularizers', nargs='+', default=['basis_ortho'])
     p.add_argument('--weight', type=float, default=1e-4)
     p.add_argument('--batch-size', type=int, default=2)

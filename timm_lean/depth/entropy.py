@@ -119,11 +119,11 @@ class _Measure(Dataset):
             if self.mode == 'joint':
                 values[i, 0] = entropies(counts)[0]  # as many colours as there are, no common length
             else:
-                rows.extend(counts)
+                rows.append(counts)
                 owners.extend((i, c) for c in range(len(counts)))
         total = None
         if rows:
-            stacked = np.stack(rows)
+            stacked = np.concatenate(rows)
             if self.mode == 'dataset':
                 total = stacked.sum(0, dtype=np.int64)
             else:

@@ -4,8 +4,7 @@ Paper: `Entropy-Based Convolutional Layer Estimation` - https://arxiv.org/abs/21
 released script takes, per image, H = -sum_b p_b ln p_b over the histogram p of the pixel values of all pixels and
 channels together. That is the mode `pooled`; the others answer neighbouring questions with the same formula.
 """
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,16 @@ _SMALL = 1 << 15
 _C_LN_C = np.arange(_SMALL + 1) * np.log(np.maximum(np.arange(_SMALL + 1), 1))
 
 
-@dataclass(frozen=True)
-class Pixels:
+class Pixels(NamedTuple):
     """The values of one image, without its alpha channel.
 
     Attributes:
-        values: `[N, C]`, N = height x width, or `[N * C]` of one image of 8 bits whose channels alternate.
+        values: `[N, C]`, N = height x width; None if `image` has them.
         channels: C.
         depth: '8-bit', '16-bit' or 'float' (values in [0, 1]).
         width: In pixels.
         height: In pixels.
-        image: The 8-bit PIL image that has these values, if that is where they came from.
+        image: The PIL image of mode L or RGB that has these values, if that is where they came from.
     """
     values: np.ndarray | None
     channels: int
@@ -93,8 +91,8 @@ def _from_pil(image: Image.Image) -> Pixels:
         if mode == 'P' and 'transparency' in image.info:
             image = image.convert('RGBA')  # PIL warns about the direct way
         image = image.convert('L' if mode in ('1', 'LA', 'La') else 'RGB')
-    image.load()
-    return Pixels(None, len(image.mode) if image.mode == 'RGB' else 1, '8-bit', image.width, image.height, image)
+    width, height = image.size
+    return Pixels(None, len(image.mode), '8-bit', width, height, image)  # 'L' has one channel, 'RGB' three
 
 
 def _levels(values: np.ndarray) -> tuple[np.ndarray, int, str]:
@@ -182,10 +180,11 @@ def entropies(counts: np.ndarray) -> np.ndarray:
         `[B]` in nats: H = ln n - (1 / n) sum_k c_k ln c_k.
     """
     n = counts.sum(1)
-    if n.max(initial=0) <= _SMALL:
-        weighted = _C_LN_C[counts].sum(1)
-    else:
-        floats = counts.astype(np.float64)
-        weighted = np.einsum('bk,bk->b', floats, np.log(np.maximum(floats, 1)))
+    # row by row the same whatever the other rows are: how images fall into batches must not change a bit
+    weighted = np.empty(len(n))
+    small = n <= _SMALL
+    weighted[small] = _C_LN_C[counts[small]].sum(1)
+    large = counts[~small].astype(np.float64)
+    weighted[~small] = (large * np.log(np.maximum(large, 1))).sum(1)
     # exact zeros for constant images, which rounding would miss by 1e-16
     return np.where(counts.max(1) == n, 0., np.log(n) - weighted / n)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from timm_lean.errors import LeanError
 
@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (
     '.bmp', '.gif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif',
     '.tiff', '.webp', '.avif')
 VIDEO_SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
+_READ_WHOLE = 1 << 24  # bytes; larger files are read as PIL likes
 _TAR_SUFFIXES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 
 
@@ -37,7 +38,7 @@ class ImageSource:
         raise NotImplementedError
 
     def load(self, index: int) -> Any:
-        """A PIL image, array or tensor; whatever exception if it cannot be read."""
+        """A PIL image (possibly not decoded yet), array or tensor; whatever exception if it cannot be read."""
         raise NotImplementedError
 
 
@@ -112,11 +113,11 @@ class TarSource(ImageSource):
 
     def load(self, index: int) -> Any:
         if self.names[index].lower().endswith(VIDEO_SUFFIXES):
-            return _open(self.names[index])
+            raise ValueError('a video; extract frames first')
         if self._pid != os.getpid():  # a forked worker shares the file position of the process it comes from
             self._pid, self._file = os.getpid(), open(self._plain, 'rb')  # type: ignore[assignment]  # noqa: SIM115
         offset, size = self._places[index].tolist()
-        return _open(io.BytesIO(os.pread(self._file.fileno(), size, offset)))  # type: ignore[attr-defined]
+        return _identify(os.pread(self._file.fileno(), size, offset))  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_pid': -1, '_file': None}
@@ -205,12 +206,25 @@ def _images_of(names: Sequence[str], where: str) -> set[str]:
         + f'images end in {", ".join(IMAGE_SUFFIXES)}.')
 
 
-def _open(file: Any) -> Image.Image:
-    if isinstance(file, str) and file.lower().endswith(VIDEO_SUFFIXES):
+def _open(path: str) -> Image.Image:
+    if path.lower().endswith(VIDEO_SUFFIXES):
         raise ValueError('a video; extract frames first')
-    image = Image.open(file)
-    image.load()  # the first frame of several
-    return image
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(handle).st_size
+        # PIL reads headers in many small pieces, which costs tiny files a tenth of the time
+        content = os.read(handle, size) if size <= _READ_WHOLE else b''
+    finally:
+        os.close(handle)
+    return _identify(content) if content or not size else Image.open(path)
+
+
+def _identify(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as e:
+        # PIL's message has the address of the buffer, which differs between processes
+        raise ValueError('not an image that PIL knows' if content else 'the file is empty') from e
 
 
 def _unpacked(path: Path) -> str:

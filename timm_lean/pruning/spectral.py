@@ -37,8 +37,7 @@ ALL_CRITERIA = (*CRITERIA, 'trace', 'random')
 _ANY_SHAPE = ('spectral_norm', 'weight', 'random')
 _EIGEN = ('min_eig', 'min_eig_real', 'spectral_radius', 'spectral_radius_real')
 
-# Kernels per chunk. On the CPU a few vectors of float64 fit the second-level cache, and torch runs one operation of
-# this length on one core (its limit is 32,768), so that cores share chunks and never wait for each other in between.
+# Kernels per chunk. On the CPU a few vectors of float64 fit the second-level cache.
 _CHUNK_CPU = 30_000
 _CHUNK_GPU = 2 ** 20
 _CHUNK_LAPACK = 2 ** 14
@@ -139,9 +138,18 @@ def _scores(weight: torch.Tensor, criteria: Sequence[str], generator: torch.Gene
             results[name][start:start + chunk] = values
 
     starts = range(0, len(rows), chunk)
-    if closed and weight.device.type == 'cpu' and len(starts) > 1 and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(work, starts))
+    threads = torch.get_num_threads()
+    if closed and weight.device.type == 'cpu' and threads > 1:
+        # The cores share chunks. Within one, torch would share out some operations too, and wait after each of them.
+        torch.set_num_threads(1)
+        try:
+            if len(starts) > 1:
+                with ThreadPoolExecutor(min(threads, len(starts))) as pool:
+                    list(pool.map(work, starts))
+            elif starts:
+                work(0)
+        finally:
+            torch.set_num_threads(threads)
     else:
         for start in starts:
             work(start)
