@@ -117,8 +117,12 @@ def _analyze(args: argparse.Namespace) -> None:
     from .checkpoint import load_any
     from .similarity import feature_similarity, format_similarity, plot_similarity
     from .training.device import resolve_device
-    if not args.similarity:
-        raise LeanError('Nothing to measure: give --similarity.')
+    if args.similarity == args.criteria:
+        raise LeanError('Say what to measure: --similarity or --criteria.')
+    if args.criteria:
+        from .pruning.command import analyze_command
+        analyze_command(args)
+        return
     if args.batches < 1:
         raise LeanError(f'--batches must be at least 1, got {args.batches}.')
     device = resolve_device(args.device)
@@ -130,6 +134,11 @@ def _analyze(args: argparse.Namespace) -> None:
     second = results[1] if args.vs else None
     print(json.dumps(results) if args.json else format_similarity(results[0], second))
     plot_similarity(results[0], second, args.output or 'similarity.png')
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from .pruning.command import prune_command
+    prune_command(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -208,5 +217,5 @@ def _demo(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     'models': _models, 'info': _info, 'train': _train, 'validate': _validate, 'predict': _predict, 'export': _export,
-    'analyze': _analyze, 'doctor': _doctor, 'demo': _demo,
+    'prune': _prune, 'analyze': _analyze, 'doctor': _doctor, 'demo': _demo,
 }

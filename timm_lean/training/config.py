@@ -42,6 +42,17 @@ class TrainConfig:
         reg: Regularizers as NAME=WEIGHT.
         init: '' or 'conv_similarity', its data-free initialization before the first epoch.
         init_steps: Steps of that initialization.
+        prune: Criterion by which kernels are pruned while training; '' prunes nothing. A model that comes pruned stays so.
+        prune_amount: Share of the kernels to prune.
+        prune_threshold: Prune kernels below the criterion's threshold for this t instead.
+        prune_scope: Whether the amount is one of all kernels ('global'), of each layer's or of each filter's.
+        prune_schedule: 'one_shot', 'linear', 'cubic' or 'exponential'.
+        prune_epochs: BEGIN:END of the schedule in epochs (BEGIN alone for one_shot); the start of the run if empty.
+        prune_steps: The same in optimizer updates.
+        prune_every: Distance between two updates of the masks, in the unit of the schedule.
+        prune_ignore: Shell patterns of layers that are never pruned.
+        prune_min_keep: Share of kernels that each layer keeps at least.
+        prune_again: Prune a model that comes pruned further.
         smoothing: Label smoothing.
         mixup: Mixup alpha.
         cutmix: Cutmix alpha.
@@ -85,6 +96,17 @@ class TrainConfig:
     reg: list[str] = field(default_factory=list)
     init: str = ''
     init_steps: int = 200
+    prune: str = ''
+    prune_amount: float | None = None
+    prune_threshold: float | None = None
+    prune_scope: str = 'global'
+    prune_schedule: str = 'one_shot'
+    prune_epochs: str = ''
+    prune_steps: str = ''
+    prune_every: float = 1.0
+    prune_ignore: list[str] = field(default_factory=list)
+    prune_min_keep: float = 0.01
+    prune_again: bool = False
     smoothing: float = 0.
     mixup: float = 0.
     cutmix: float = 0.
@@ -125,6 +147,12 @@ class TrainConfig:
         for name in ('train_images', 'img_size', 'num_classes'):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
+        if not self.prune:
+            for name in ('prune_amount', 'prune_threshold', 'prune_epochs', 'prune_steps'):
+                if getattr(self, name) not in (None, ''):
+                    raise LeanError(f'--{name.replace("_", "-")} needs a criterion: --prune spectral_norm.')
+        if self.prune_epochs and self.prune_steps:
+            raise LeanError('Give --prune-epochs or --prune-steps, not both.')
         if self.cache and (self.aug == 'rrc' or self.auto_augment or self.re_prob):
             raise LeanError('--cache augments on the device, by crop and flip only. Use --aug crop or none without '
                             'auto-augment and random erasing, or drop --cache.')

@@ -27,6 +27,7 @@ from .data import class_names, create_eval_loader, create_train_loader, open_dat
 from .device import autocast, check_compiler, start_distributed
 from .evaluate import evaluate
 from .log import RunLog
+from .pruning import TrainingPruner
 from .state import RESUME_FILE, load_state, save_state
 from .task import RegularizedTask
 
@@ -87,6 +88,7 @@ class Trainer:
         for regularizer in regularizers:
             regularizer.raw(model)  # fails before anything is written if the model has nothing to act on
 
+        self.pruner = TrainingPruner.of(model, config)
         self.model = model.to(device).train()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -106,6 +108,8 @@ class Trainer:
             raise LeanError(f'timm cannot create the optimizer {config.opt!r}: {e}') from e
         if config.ema:
             self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
+            if self.pruner is not None:
+                self.pruner.follow(self.task.get_trainable_module(ema=True).module)  # type: ignore[union-attr]
         self.scaler = NativeScaler(device=device.type) if config.amp == 'fp16' else None
         self.train_loader = create_train_loader(datasets['train'], config, self.data_config, device, rank, world)
         self.eval_loader = create_eval_loader(
@@ -182,10 +186,12 @@ class Trainer:
                         'img/s': f'{images * self.world / (time.perf_counter() - start):.0f}'}, refresh=False)
                 bar.update()
         seconds = time.perf_counter() - start
+        pruned = {} if self.pruner is None else {'pruned': 100 * self.pruner.share}
         return {
             'lr': self.optimizer.param_groups[0]['lr'],
             **{f'train_{name}': value.item() / steps for name, value in sums.items()},
             'train_top1': 100 * correct.item() / images,
+            **pruned,
             'images_per_second': images * self.world / seconds,
             'seconds': seconds,
         }
@@ -199,6 +205,8 @@ class Trainer:
             x, target = self.mixup(x, target)
         for regularizer in task.regularizers:
             regularizer.set_progress(self.updates / (self.updates_per_epoch * config.epochs))
+        if self.pruner is not None and self.pruner.set_progress(self.updates, self.updates_per_epoch):
+            self.best = {'top1': -1., 'epoch': 0.}  # the best network is one that is as small as this one
         with contextlib.nullcontext() if update else task.no_sync():
             with autocast(self.device, config.amp):
                 result = task(x, target)
@@ -217,6 +225,8 @@ class Trainer:
             self.updates += 1
             self.scheduler.step_update(self.updates)
             task.update_ema(step=self.updates)
+            if self.pruner is not None:
+                self.pruner.step()
         return result
 
     def _check_finite(self, total: torch.Tensor, epoch: int) -> None:
@@ -234,6 +244,7 @@ class Trainer:
             'recipe': self.recipe, 'epoch': epoch + 1, 'best': self.best, 'rows': self.log.rows,
             'updates': self.updates, 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict() if self.scaler is not None else None,
+            'pruner': self.pruner.state_dict() if self.pruner is not None else None,
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if ema else {})})
 
@@ -259,6 +270,8 @@ class Trainer:
         self.optimizer.load_state_dict(state['optimizer'])
         if self.scaler is not None and state['scaler'] is not None:
             self.scaler.load_state_dict(state['scaler'])
+        if self.pruner is not None and state['pruner'] is not None:
+            self.pruner.load_state_dict(state['pruner'])
         self.start_epoch, self.best, self.updates = state['epoch'], state['best'], state['updates']
         self.log.rows = state['rows']
         if self.rank == 0:
