@@ -84,12 +84,13 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def _validate(args: argparse.Namespace) -> None:
     from .checkpoint import load_any
-    from .training.data import class_names
+    from .training.data import class_names, open_eval_loader
     from .training.device import resolve_device
     from .training.evaluate import evaluate
     device = resolve_device(args.device)
     model: Any = load_any(args.model).to(device)
-    loader = _eval_loader(args, model, device, args.batch_size, args.workers)
+    loader = open_eval_loader(
+        model, args.data, args.data_dir, args.img_size, args.batch_size, device, args.workers)
     dataset = loader.dataset
     classes, known = class_names(dataset), model.pretrained_cfg.get('label_names')
     if len(classes) > model.num_classes or (known and classes != list(known)):
@@ -103,19 +104,10 @@ def _validate(args: argparse.Namespace) -> None:
               '{images_per_second:.0f} images/s'.format(**metrics))
 
 
-def _eval_loader(args: argparse.Namespace, model: Any, device: Any, batch_size: int, workers: int) -> Any:
-    from timm.data import resolve_data_config
-
-    from .training.data import create_eval_loader, open_dataset
-    config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
-    data = args.data or ('folder' if args.data_dir else 'digits')
-    dataset = open_dataset(data, args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
-    return create_eval_loader(dataset, config, batch_size, device, workers)
-
-
 def _analyze(args: argparse.Namespace) -> None:
     from .checkpoint import load_any
     from .similarity import feature_similarity, format_similarity, plot_similarity
+    from .training.data import open_eval_loader
     from .training.device import resolve_device
     if args.similarity == args.criteria:
         raise LeanError('Say what to measure: --similarity or --criteria.')
@@ -129,7 +121,7 @@ def _analyze(args: argparse.Namespace) -> None:
     results = []
     for source in filter(None, (args.model, args.vs)):
         model = load_any(source).to(device)
-        loader = _eval_loader(args, model, device, 64, 0)
+        loader = open_eval_loader(model, args.data, args.data_dir, args.img_size, 64, device)
         results.append(feature_similarity(model, loader, device, max_batches=args.batches))
     second = results[1] if args.vs else None
     print(json.dumps(results) if args.json else format_similarity(results[0], second))

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
 from timm_lean.checkpoint import load_any, save_model
 from timm_lean.errors import LeanError
+from timm_lean.fileio import writable_dir
 from timm_lean.report import count_macs, count_params, human_bytes, human_count
 
 from .kernels import KernelPruner
@@ -24,8 +24,9 @@ def prune_command(args: argparse.Namespace) -> None:
 
     Args:
         args: `model`, `output`, `criterion`, `granularity`, `threshold`, `amount`, `contrib`, `scope`, `ratio`,
-            `global_pruning`, `round_to`, `min_keep`, `ignore`, `again`, `compact`, `plot`, `data_dir`, `device`,
-            `batch_size`; those not given may be missing.
+            `global_pruning`, `round_to`, `min_keep`, `ignore`, `again`, `compact`, `plot`, `data`, `data_dir`,
+            `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `finetune_lr`; those not given may be
+            missing.
 
     Raises:
         LeanError: Options that contradict each other, or a model that cannot be pruned so.
@@ -37,6 +38,7 @@ def prune_command(args: argparse.Namespace) -> None:
     criterion = check_criterion(option('criterion') or 'spectral_norm')
     granularity = option('granularity') or 'kernel'
     _check_options(args, granularity)
+    writable_dir(output.parent)
     model = load_any(args.model).eval()
     x = torch.zeros(1, *get_model_input_config(model)['input_size'])
     before = _figures(model, x, args, Path(args.model))
@@ -65,10 +67,19 @@ def prune_command(args: argparse.Namespace) -> None:
             ignored_layers=option('ignore') or ())
         print(model.channel_report)
     save_model(model, output)
-    _print_figures(before, _figures(model, x, args, output))
+    columns = {'before': before, 'pruned': _figures(model, x, args, output)}
+    if option('finetune_epochs'):
+        from timm_lean.training.finetune import finetune
+        keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
+        finetune(output, args.finetune_epochs, option('finetune_lr') or 0.01,
+                 {k: option(k) for k in keys if option(k) is not None})
+        columns['fine-tuned'] = _figures(load_any(str(output)).eval(), x, args, output)
+    _print_figures(columns)
 
 
 def _check_options(args: argparse.Namespace, granularity: str) -> None:
+    if vars(args).get('finetune_epochs') and not _has_data(args):
+        raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
     belongs = {
         'kernel': ('threshold', 'amount', 'contrib', 'scope', 'min_keep', 'compact', 'plot'),
         'channel': ('ratio', 'global_pruning', 'round_to'),
@@ -89,28 +100,33 @@ def _figures(model: nn.Module, x: torch.Tensor, args: argparse.Namespace, path: 
         'MACs': human_count(count_macs(model, x.shape)),
         'file': human_bytes(path.stat().st_size) if path.is_file() else '-',
     }
-    if vars(args).get('data_dir'):
+    if _has_data(args):
         figures['top-1'] = f'{_accuracy(model, args):.2f} %'
     return figures
 
 
+def _has_data(args: argparse.Namespace) -> bool:
+    return bool(vars(args).get('data_dir') or vars(args).get('data'))
+
+
 def _accuracy(model: nn.Module, args: argparse.Namespace) -> float:
-    from timm_lean.training.data import create_eval_loader, open_dataset
+    from timm_lean.training.data import open_eval_loader
     from timm_lean.training.device import resolve_device
     from timm_lean.training.evaluate import evaluate
-    device = resolve_device(vars(args).get('device') or 'auto')
-    config = resolve_data_config({}, model=model)
-    dataset = open_dataset('folder', args.data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
-    loader = create_eval_loader(dataset, config, vars(args).get('batch_size') or 128, device)
+    option = vars(args).get
+    device = resolve_device(option('device') or 'auto')
+    loader = open_eval_loader(
+        model, option('data') or '', option('data_dir'), option('img_size'), option('batch_size') or 128, device,
+        option('workers') or 0)
     top1 = evaluate(model.to(device), loader, device)['top1']
     model.cpu()
     return top1
 
 
-def _print_figures(before: dict[str, Any], after: dict[str, Any]) -> None:
-    print(f'{"":14}{"before":>16}{"after":>16}')
-    for name, value in before.items():
-        print(f'{name:14}{value:>16}{after[name]:>16}')
+def _print_figures(columns: dict[str, dict[str, Any]]) -> None:
+    print(f'{"":14}' + ''.join(f'{title:>16}' for title in columns))
+    for name in columns['before']:
+        print(f'{name:14}' + ''.join(f'{column[name]:>16}' for column in columns.values()))
 
 
 def analyze_command(args: argparse.Namespace) -> None:

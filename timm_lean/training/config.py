@@ -42,7 +42,7 @@ class TrainConfig:
         reg: Regularizers as NAME=WEIGHT.
         init: '' or 'conv_similarity', its data-free initialization before the first epoch.
         init_steps: Steps of that initialization.
-        prune: Criterion by which kernels are pruned while training; '' prunes nothing. A model that comes pruned stays so.
+        prune: Criterion by which kernels are pruned while training; if empty, a model that comes pruned stays as it is.
         prune_amount: Share of the kernels to prune.
         prune_threshold: Prune kernels below the criterion's threshold for this t instead.
         prune_scope: Whether the amount is one of all kernels ('global'), of each layer's or of each filter's.

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.data.transforms import ToNumpy
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -19,7 +20,10 @@ from timm_lean.errors import LeanError
 
 from .config import TrainConfig
 
-__all__ = ['CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'open_dataset']
+__all__ = [
+    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'open_dataset',
+    'open_eval_loader',
+]
 
 CROP_PADDING = 4  # pixels, as in the CIFAR recipes
 _TRAIN_DIRS = ('train',)
@@ -184,6 +188,32 @@ def create_eval_loader(
         interpolation=data_config['interpolation'], mean=data_config['mean'], std=data_config['std'],
         crop_pct=data_config['crop_pct'], num_workers=workers, distributed=world > 1, device=device,
         pin_memory=device.type == 'cuda', persistent_workers=False)
+
+
+def open_eval_loader(
+        model: nn.Module,
+        data: str,
+        data_dir: str | None,
+        img_size: int | None,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+) -> Any:
+    """Evaluation batches for a model, prepared as its configuration says.
+
+    Args:
+        model: A timm model.
+        data: 'folder' or 'digits'; if empty, 'folder' where `data_dir` is given.
+        data_dir: See `TrainConfig`.
+        img_size: Instead of the model's, in pixels.
+        batch_size: Images per batch.
+        device: Where the batches go.
+        workers: Data loading processes.
+    """
+    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
+    data = data or ('folder' if data_dir else 'digits')
+    dataset = open_dataset(data, data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    return create_eval_loader(dataset, config, batch_size, device, workers)
 
 
 class CachedLoader:

@@ -30,8 +30,11 @@ class TrainingPruner:
         Raises:
             LeanError: Settings that contradict each other, or a model that cannot be pruned so.
         """
+        pruned = any(step['op'] == STEP for step in getattr(model, 'lean_steps', []))
+        if pruned and config.prune and not config.prune_again:
+            raise LeanError(f'The kernels of {config.model} have been pruned before and stay so without --prune. If '
+                            'pruning more of them is meant, add --prune-again.')
         if not config.prune:
-            pruned = any(step['op'] == STEP for step in getattr(model, 'lean_steps', []))
             return cls(KernelPruner(model, 'weight', amount=0., again=True), '') if pruned else None
         unit = 'steps' if config.prune_steps else 'epochs'
         begin, end = _span(config.prune_steps or config.prune_epochs, unit)
