@@ -1,6 +1,6 @@
 """Does Convolutional Similarity help? A small experiment on CIFAR-10, reported as it comes out.
 
-    python tools/reproduce_conv_similarity.py --data-dir CIFAR10 --per-class 500 --epochs 15 --seeds 0 1 2
+    python tools/reproduce.py conv-similarity --data-dir CIFAR10 --per-class 500 --epochs 15 --seeds 0 1 2
 
 Four ways of training one network, equal in everything else (initial weights before any `init`, order of the images,
 augmentation, learning rate): `baseline`, `reg` (conv_similarity as regularizer), `init` (as data-free initialization)

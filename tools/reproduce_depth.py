@@ -1,8 +1,8 @@
 """Check the claim of entropy-based depth: accuracy, time and near-identity blocks against depth at equal budget.
 
-    python tools/reproduce_depth.py                                    # the embedded digits, minutes
-    python tools/reproduce_depth.py --data-dir CIFAR10 --train-images 2000 --epochs 10 --budget 100k       # on a CPU
-    python tools/reproduce_depth.py --data-dir CIFAR10 --epochs 100 --seeds 5 --device cuda               # in full
+    python tools/reproduce.py depth                                    # the embedded digits, minutes
+    python tools/reproduce.py depth --data-dir CIFAR10 --train-images 2000 --epochs 10 --budget 100k       # on a CPU
+    python tools/reproduce.py depth --data-dir CIFAR10 --epochs 100 --seeds 5 --device cuda               # in full
 
 Measures the training images' entropy, takes the bound, trains the sweep and prints the tables of docs/depth.md. It is
 `timm-lean depth --verify` with these defaults.
