@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     analyze.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')
     analyze.add_argument('--similarity', action='store_true', help='redundancy of the feature maps, per layer')
     analyze.add_argument('--criteria', action='store_true', help='what each pruning criterion would prune')
-    analyze.add_argument('--threshold', type=float, default=1e-4, help='--criteria: of overlap and layers (default 1e-4)')
+    analyze.add_argument('--threshold', type=float, default=1e-4, help='--criteria: t of overlap and layers')
     analyze.add_argument('--ignore', action='append', metavar='PATTERN', help='--criteria: layers to leave out')
     analyze.add_argument('--vs', metavar='MODEL', help='a second model, shown beside the first')
     analyze.add_argument('--batches', type=int, default=4, help='batches of 64 images (default 4)')
@@ -105,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
                          'folder for --criteria (default output/analysis)')
     analyze.add_argument('--json', action='store_true')
     _add_eval_data(analyze)
+
+    _add_depth(command('depth', 'how deep a network the data asks for, and that network'))
 
     command('doctor', 'what is installed, what works, what is missing')
 
@@ -181,6 +183,40 @@ def _add_train(p: argparse.ArgumentParser) -> None:
     flag('--seed', 'default 0', type=int)
     flag('--output', 'folder of the run (default output/MODEL)', metavar='DIR')
     flag('--resume', 'continue the run in --output', action='store_true')
+
+
+def _add_depth(p: argparse.ArgumentParser) -> None:
+    p.add_argument('--data', choices=['digits', 'folder'], default='', help="'digits' are embedded")
+    p.add_argument('--data-dir', metavar='PATH', help='image folder (of one with train/ that part), tar or COCO json')
+    p.add_argument('--images-dir', metavar='DIR', help='images of a COCO json (default: beside it)')
+    entropy = p.add_argument_group('entropy')
+    entropy.add_argument('--mode', choices=['pooled', 'per_channel', 'grayscale', 'joint', 'dataset'], default='pooled')
+    entropy.add_argument('--bins', type=int, default=256, help="over the pixel type's range (default 256)")
+    entropy.add_argument('--samples', type=int, metavar='N', help='only so many images, with a confidence interval')
+    entropy.add_argument('--seed', type=int, default=0, help='of the sample')
+    entropy.add_argument('--on-error', choices=['raise', 'skip'], default='raise', help='at a broken image')
+    entropy.add_argument('--workers', type=int, default=2)
+    model = p.add_argument_group('bound and model')
+    model.add_argument('--rule', default='bits_per_stage', help='from entropy to depth (default bits_per_stage)')
+    model.add_argument('--family', default='resnet', help='of the suggested model (default resnet)')
+    model.add_argument('--baseline', metavar='MODEL', help='timm name or checkpoint to compare with')
+    model.add_argument('--budget', help="of the suggested model: 850k, macs=40M (default: the baseline's parameters)")
+    model.add_argument('--num-classes', type=int)
+    model.add_argument('--img-size', type=int, help="default: the baseline's, else the images'")
+    model.add_argument('--batch-size', type=int, default=32, help='of the measured training step (default 32)')
+    model.add_argument('--no-step-time', action='store_true', help='do not measure training steps')
+    model.add_argument('--device', default='auto')
+    model.add_argument('--write-config', metavar='FILE', help='recipe of the model for timm-lean train --config')
+    model.add_argument('--json', action='store_true')
+    sweep = p.add_argument_group('--verify')
+    sweep.add_argument('--verify', action='store_true', help='train networks of several depths at equal budget')
+    sweep.add_argument('--depths', type=int, nargs='+', help='default: from a quarter of the bound to three times')
+    sweep.add_argument('--seeds', type=int, default=3)
+    sweep.add_argument('--epochs', type=int, default=15)
+    sweep.add_argument('--lr', type=float, default=0.05)
+    sweep.add_argument('--hflip', type=float)
+    sweep.add_argument('--train-images', type=int, metavar='N')
+    sweep.add_argument('--output', metavar='DIR', help='runs and results (default output/depth)')
 
 
 def _add_eval_data(p: argparse._ActionsContainer) -> None:

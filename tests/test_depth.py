@@ -80,7 +80,8 @@ def test_rules_say_what_they_are(rule):
 
 @pytest.mark.parametrize('args, kwargs, words', [
     ((-1., 32), {}, '-1.0'), ((math.nan, 32), {}, 'nan'), (('8', 32), {}, "'8'"), ((8., 0), {}, 'image_size'),
-    ((8., 32, 0), {}, 'channels'), ((8., 32, 3, 2.5), {}, 'num_classes'), ((8., 32), dict(rule='ebcle'), 'bits_per_stage'),
+    ((8., 32, 0), {}, 'channels'), ((8., 32, 3, 2.5), {}, 'num_classes'),
+    ((8., 32), dict(rule='ebcle'), 'bits_per_stage'),
     ((8., 32), dict(rule=lambda *a: 0), 'at least 1, got 0'), ((8., 32), dict(rule=lambda *a: 7.5), '7.5'),
 ])
 def test_bad_bounds(args, kwargs, words):
@@ -93,7 +94,7 @@ def test_bad_bounds(args, kwargs, words):
 @pytest.mark.parametrize('name, depth', [
     ('resnet18', 17), ('resnet50', 49), ('resnet20_cifar', 19), ('resnet56_cifar', 55), ('resnet110_cifar', 109),
     ('densenet121', 120), ('mobilenetv2_100', 52), ('efficientnet_b0', 81), ('resnet32_cifar_s16u1_dual', 31),
-    ('vgg16', 15), ('vit_tiny_patch16_224', 1), ('convnext_atto', 18), ('hrnet_w18_small', 30)])
+    ('vgg16', 15), ('vit_tiny_patch16_224', 1), ('convnext_tiny', 22), ('convnext_atto', 40), ('hrnet_w18_small', 30)])
 def test_conv_depth_of_published_networks(name, depth):
     with torch.device('meta'):
         model = timm.create_model(name)
@@ -239,7 +240,8 @@ def test_identity_ratios_by_hand():
 
 
 def test_identity_of_inverted_residuals_and_of_none():
-    ratios = identity_ratios(timm.create_model('lean_mobilenetv2', layers=(2, 2), widths=(8, 16)), [torch.randn(2, 3, 8, 8)])
+    model = timm.create_model('lean_mobilenetv2', layers=(2, 2), widths=(8, 16))
+    ratios = identity_ratios(model, [torch.randn(2, 3, 8, 8)])
     assert list(ratios) == ['layer1.1', 'layer2.1']
     with pytest.raises(LeanError, match='no residual block'):
         identity_ratios(timm.create_model('lean_densenet'), [torch.randn(2, 3, 8, 8)])
@@ -308,7 +310,8 @@ def data(tmp_path: Path) -> Path:
 
 def arguments(**kwargs) -> argparse.Namespace:
     defaults = dict(
-        data='', data_dir=None, images_dir=None, mode='pooled', bins=256, samples=None, seed=0, on_error='raise', workers=0,
+        data='', data_dir=None, images_dir=None, mode='pooled', bins=256, samples=None, seed=0, on_error='raise',
+        workers=0,
         rule='bits_per_stage', family='resnet', baseline=None, budget='20k', num_classes=None, img_size=None,
         batch_size=4, device='cpu', no_step_time=True, json=True, write_config=None, verify=False, depths=None, seeds=1,
         epochs=1, lr=0.05, hflip=None, train_images=None, output=None)
@@ -348,7 +351,8 @@ def test_command_writes_a_recipe_that_trains(data, capsys, tmp_path):
     file = tmp_path / 'recipe.yaml'
     result = run(capsys, data_dir=str(data), write_config=str(file), family='mobilenetv2')
     config = TrainConfig.from_args({
-        **load_yaml(str(file)), 'epochs': 1, 'batch_size': 4, 'workers': 0, 'device': 'cpu', 'output': str(tmp_path / 'run')})
+        **load_yaml(str(file)), 'epochs': 1, 'batch_size': 4, 'workers': 0, 'device': 'cpu',
+        'output': str(tmp_path / 'run')})
     assert config.model_args == result['models'][1]['model_args']
     train(config)
     assert load_model(tmp_path / 'run' / 'last.safetensors').num_classes == 2
@@ -377,3 +381,17 @@ def test_command_bad_input(kwargs, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LeanError, match=words):
         depth_command(arguments(**kwargs))
+
+
+def test_the_command_line_measures_the_digits(capsys):
+    from sklearn.datasets import load_digits
+
+    from timm_lean_cli import main
+    assert main(['depth', '--no-step-time', '--budget', '20k', '--workers', '0', '--json']) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report['entropy']['count'] < len(load_digits().images)
+    assert (report['bound'], report['models'][1]['model']) == (3, 'lean_resnet')
+    assert main(['depth', '--rule', 'ebcle']) == 2
+    assert 'bits_per_stage' in capsys.readouterr().err
+    assert main(['depth', '--data-dir', 'nowhere']) == 2
+    assert 'nowhere' in capsys.readouterr().err

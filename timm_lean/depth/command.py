@@ -1,7 +1,9 @@
 """The command `timm-lean depth`: entropy, bound, suggested model, and the baseline beside it."""
 import argparse
+import contextlib
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,8 @@ def depth_command(args: argparse.Namespace) -> None:
     }
     if args.verify:
         from .verify import verify_command
-        report['verify'] = verify_command(args, bound, size, num_classes, baseline)
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            report['verify'] = verify_command(args, bound, size, num_classes, baseline)
     print(json.dumps(report, indent=2) if args.json else _format(report, entropy, rows))
 
 
