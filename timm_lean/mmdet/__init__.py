@@ -29,9 +29,10 @@ from .channels import resolve_channels  # noqa: E402
 from .detector import export_detector, load_detector  # noqa: E402
 from .hooks import RegularizerHook, SafetensorsHook  # noqa: E402
 from .predict import predict_images  # noqa: E402
+from .pruning_hook import KernelPruningHook  # noqa: E402
 from .scenes import DigitScenes, write_scenes  # noqa: E402
 
 __all__ = [
-    'DigitScenes', 'RegularizerHook', 'SafetensorsHook', 'TimmBackbone', 'export_detector', 'load_detector',
-    'predict_images', 'resolve_channels', 'write_scenes',
+    'DigitScenes', 'KernelPruningHook', 'RegularizerHook', 'SafetensorsHook', 'TimmBackbone', 'export_detector',
+    'load_detector', 'predict_images', 'resolve_channels', 'write_scenes',
 ]

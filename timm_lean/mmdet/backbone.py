@@ -60,6 +60,7 @@ class TimmBackbone(BaseModule):
     ):
         super().__init__(init_cfg=init_cfg)
         self.net, self.recipe = build_features(model_name, pretrained, checkpoint, out_indices, model_args)
+        self.steps = list(self.recipe.steps)  # of the recipe it was built by, and those taken since
         self.out_indices: tuple[int, ...] = tuple(
             self.net.feature_info.out_indices)  # type: ignore[union-attr, arg-type]
         self.frozen_stages = self._check_frozen(frozen_stages)

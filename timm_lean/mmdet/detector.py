@@ -43,7 +43,8 @@ def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict
     return {
         'format': FORMAT_VERSION,
         'config': cfg.pretty_text,
-        'backbone': asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None,
+        'backbone': {**asdict(backbone.recipe), 'steps': backbone.steps}
+        if isinstance(backbone, TimmBackbone) else None,
         'metainfo': {k: metainfo[k] for k in ('classes', 'palette') if k in metainfo},
     }
 

@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from timm_lean.errors import CheckpointError, LeanError
 from timm_lean.regularizers import create_regularizer, loss_terms, set_progress
 
+from .backbone import TimmBackbone
 from .detector import describe, save_detector
 from .scope import HOOKS, register
 from .weights import detector_header
@@ -56,11 +57,7 @@ class RegularizerHook(Hook):
             raise LeanError('RegularizerHook is in the config twice (custom_hooks of a base config count too). Put all '
                             'regularizers into one.')
         model = unwrap(runner.model)
-        try:
-            target = model.get_submodule(self.target)
-        except AttributeError:
-            children = ', '.join(name for name, _ in model.named_children())
-            raise LeanError(f'RegularizerHook: the detector has no {self.target!r}. It has {children}.') from None
+        target = submodule(model, self.target, 'RegularizerHook')
         set_progress(self.regularizers, _progress(runner))
         with torch.no_grad():
             loss_terms(self.regularizers, target)  # fails now, not in the first iteration, if there is nothing to do
@@ -141,6 +138,9 @@ class SafetensorsHook(Hook):
             self._save(runner, 'best', model, epoch=runner.epoch, metric=name, score=score)
 
     def _save(self, runner: Any, name: str, model: nn.Module, **extra: Any) -> None:
+        backbone = getattr(unwrap(runner.model), 'backbone', None)
+        if isinstance(backbone, TimmBackbone):  # it may have been pruned since
+            self._header['backbone']['steps'] = backbone.steps
         save_detector(model, self._path(runner, name), {**self._header, **extra})
 
     def _path(self, runner: Any, name: str) -> Path:
@@ -150,6 +150,15 @@ class SafetensorsHook(Hook):
 def unwrap(model: nn.Module) -> nn.Module:
     """The detector inside DDP and the like."""
     return unwrap(model.module) if is_model_wrapper(model) else model  # type: ignore[arg-type]
+
+
+def submodule(model: nn.Module, name: str, user: str) -> nn.Module:
+    """A submodule by name; '' is the model itself."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = ', '.join(child for child, _ in model.named_children())
+        raise LeanError(f'{user}: the detector has no {name!r}. It has {children}.') from None
 
 
 def evaluated_model(runner: Any) -> nn.Module:

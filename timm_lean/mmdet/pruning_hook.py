@@ -1,0 +1,113 @@
+"""MMEngine hook: kernels of a detector pruned while it trains, by the same `KernelPruner` as in classification."""
+from typing import Any
+
+import torch.nn as nn
+from mmengine.hooks import EMAHook, Hook
+
+from timm_lean.errors import LeanError
+from timm_lean.pruning import KernelPruner
+
+from .backbone import TimmBackbone
+from .hooks import submodule, unwrap
+from .scope import HOOKS, register
+
+__all__ = ['KernelPruningHook']
+
+_STATE = 'timm_lean_pruner'
+
+
+@register(HOOKS)
+class KernelPruningHook(Hook):
+    """Prunes kernels on a schedule and keeps them at zero: through the optimizer, EMAHook, AMP, DDP and resuming.
+
+    Args:
+        criterion: How kernels are scored, see `timm_lean.pruning.spectral`.
+        amount: Share of the kernels to prune, in [0, 1).
+        threshold: Prune kernels below the criterion's threshold for this t instead.
+        contrib: Prune kernels below this share of their filter's total score instead.
+        begin: When the schedule begins, in epochs (iterations if not `by_epoch`).
+        end: When the full amount is reached; not for 'one_shot'.
+        by_epoch: Unit of `begin`, `end` and `every`.
+        target: Submodule to prune, by name; '' for the whole detector.
+        kwargs: `schedule`, `every`, `scope`, `ignore`, `min_keep`, `seed` and `again` of `KernelPruner`.
+
+    Raises:
+        LeanError: Arguments that `KernelPruner` refuses, an unknown target, a schedule that begins after the training,
+            a detector that has been pruned before, or a second such hook.
+    """
+    # After EMAHook (NORMAL) has averaged, before checkpoints (VERY_LOW) are written.
+    priority = 'BELOW_NORMAL'
+
+    def __init__(
+            self,
+            criterion: str = 'spectral_norm',
+            amount: float | None = None,
+            threshold: float | None = None,
+            contrib: float | None = None,
+            begin: float = 0.,
+            end: float | None = None,
+            by_epoch: bool = True,
+            target: str = 'backbone',
+            **kwargs: Any,
+    ):
+        self.options = dict(
+            criterion=criterion, amount=amount, threshold=threshold, contrib=contrib, begin=begin, end=end, **kwargs)
+        self.by_epoch, self.target = by_epoch, target
+        self.pruner: KernelPruner | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        if runner._resume:  # the weights alone do not tell how far the schedule has come
+            self._resumed = checkpoint.get('meta', {}).get(_STATE)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        if self.pruner is not None:
+            checkpoint['meta'][_STATE] = self.pruner.state_dict()
+
+    def before_train(self, runner: Any) -> None:
+        if sum(isinstance(hook, KernelPruningHook) for hook in runner.hooks) > 1:
+            raise LeanError('KernelPruningHook is in the config twice (custom_hooks of a base config count too). Keep '
+                            'one; its target may be the whole detector.')
+        last = runner.max_epochs if self.by_epoch else runner.max_iters
+        if max(self.options['begin'], (self.options['end'] or 0) - 1e-9) >= last:  # type: ignore[call-overload]
+            raise LeanError(f'KernelPruningHook: begin={self.options["begin"]}, end={self.options["end"]} does not fit '
+                            f'into the {last} {"epochs" if self.by_epoch else "iterations"} of the training.')
+        model = unwrap(runner.model)
+        target = submodule(model, self.target, 'KernelPruningHook')
+        backbone = self._backbone(model)
+        if backbone is not None and self._resumed is None:
+            target.lean_steps = list(backbone.steps)  # type: ignore[assignment]
+        try:
+            self.pruner = KernelPruner(target, **self.options)  # type: ignore[arg-type]
+        except TypeError as e:
+            raise LeanError(f'KernelPruningHook: {e}') from e
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                averaged = unwrap(hook.ema_model.module)
+                self.pruner.follow(submodule(averaged, self.target, 'KernelPruningHook'))
+        if self._resumed is not None:
+            self.pruner.load_state_dict(self._resumed)
+            self._record(model, target)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        assert self.pruner is not None
+        per_epoch = len(runner.train_dataloader) if self.by_epoch else 1
+        if self.pruner.set_progress(runner.iter / per_epoch):
+            runner.logger.info(f'KernelPruningHook: {100 * self.pruner.report.share:.1f} % of the kernels are zero')
+            model = unwrap(runner.model)
+            self._record(model, submodule(model, self.target, 'KernelPruningHook'))
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        assert self.pruner is not None
+        self.pruner.step()
+
+    def _backbone(self, model: nn.Module) -> TimmBackbone | None:
+        """The backbone whose checkpoint has to tell that it is pruned."""
+        backbone = getattr(model, 'backbone', None)
+        inside = self.target == '' or self.target.split('.')[0] == 'backbone'
+        return backbone if inside and isinstance(backbone, TimmBackbone) else None
+
+    def _record(self, model: nn.Module, target: nn.Module) -> None:
+        backbone = self._backbone(model)
+        if backbone is not None:
+            backbone.steps = list(target.lean_steps)  # type: ignore[arg-type]
