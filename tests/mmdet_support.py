@@ -48,8 +48,6 @@ def scenes_config(folder: Path, path: Path = SHARED, epochs: int = 1) -> Config:
     if 'shared_rank' in backbone.model_args:
         backbone.model_args.shared_rank = 4
     cfg.train_cfg.update(max_epochs=epochs, val_interval=1)
-    # its schedule needs more epochs
-    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != 'timm_lean.KernelPruningHook']
     cfg.param_scheduler = []
     cfg.model.test_cfg.score_thr = 0.  # there is something to evaluate after two iterations too
     return cfg

@@ -16,6 +16,7 @@ from PIL import Image
 
 from timm_lean.errors import LeanError
 from timm_lean.fileio import atomic_file, writable_dir
+from timm_lean.pruning import KernelPruner
 
 from .detector import export_detector, load_detector, load_strictly
 from .predict import predict_images
@@ -27,6 +28,7 @@ __all__ = ['detection_demo']
 
 CONFIG = Path(__file__).with_name('scenes_config.py')
 _MIN_AP50 = 0.5  # training reaches clearly more, so less means something broke
+_PRUNED = 0.3  # share of the backbone's kernels
 _SHOWN = 6  # scenes in the picture
 
 
@@ -45,7 +47,8 @@ def detection_demo(output: Path, epochs: int = 14) -> None:
     write_scenes(folder / 'data', cfg.scene_size)
     print(f'   {folder / "data"}')
 
-    print('\n2. RetinaNet with a shared-basis ResNet-34 of a quarter of the usual width, its bases kept orthonormal')
+    print('\n2. RetinaNet with a shared-basis ResNet-34 of a quarter of the usual width, its bases kept orthonormal, '
+          f'{100 * _PRUNED:.0f} % of its kernels pruned')
     runner = _runner(cfg)
     runner.register_hook(_Progress())
     with _quiet(), _one_thread():
@@ -65,9 +68,11 @@ def detection_demo(output: Path, epochs: int = 14) -> None:
     with _quiet(), _one_thread():
         metrics = runner.test()
     ap, ap50 = metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50']
+    share = KernelPruner(reloaded.backbone, 'weight', amount=0., again=True).report.share
     size = (directory / 'model.safetensors').stat().st_size
     params = sum(p.numel() for p in reloaded.parameters())
-    print(f'   {directory}: {params:,} parameters, {size / 1e6:.1f} MB')
+    print(f'   {directory}: {params:,} parameters, {size / 1e6:.1f} MB, {100 * share:.0f} % of the kernels zero')
+    _require(share > _PRUNED - 0.02, f'{100 * share:.1f} % of the kernels are zero, not {100 * _PRUNED:.0f} %')
     print(f'   COCO AP {ap:.3f}, AP50 {ap50:.3f}; when it was saved: {header["score"]:.3f}')
     _require(abs(ap - header['score']) < 1e-6, f'the reloaded detector has AP {ap}, it had {header["score"]}')
     _require(ap50 >= _MIN_AP50, f'AP50 is {ap50:.3f}, less than {_MIN_AP50}')
@@ -91,6 +96,9 @@ def demo_config(folder: Path, epochs: int) -> Config:
     cfg.work_dir = str(folder / 'run')
     cfg.log_level = 'ERROR'
     cfg.train_cfg.update(max_epochs=epochs, val_interval=max(epochs // 3, 1))
+    # pruned in the middle of the training, so that the rest of it makes up for that
+    cfg.custom_hooks.append(dict(
+        type='timm_lean.KernelPruningHook', amount=_PRUNED, schedule='cubic', begin=epochs // 4, end=epochs // 2 + 1))
     cfg.param_scheduler[1].update(end=epochs, T_max=max(epochs - 1, 1))
     return cfg
 

@@ -77,7 +77,6 @@ default_hooks = dict(
     visualization=dict(type='DetVisualizationHook'))
 custom_hooks = [
     dict(type='timm_lean.RegularizerHook', regularizers=[dict(type='basis_ortho', weight=10)]),
-    dict(type='timm_lean.KernelPruningHook', criterion='spectral_norm', amount=0.3, schedule='cubic', begin=3, end=9),
     dict(type='timm_lean.SafetensorsHook'),
 ]
 env_cfg = dict(
