@@ -3,6 +3,7 @@
 One model of each family runs in the fast set, the others are marked slow.
 """
 import copy
+import math
 import pickle
 import re
 import shutil
@@ -22,6 +23,7 @@ from timm.utils import ModelEmaV3
 from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_lean import create_regularizer, fold, load_model, save_model
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.models import model_names
@@ -29,6 +31,7 @@ from timm_lean.models import model_names
 FAST = (
     'resnet34_s48u1_dual', 'resnet50_sharedpp', 'mobilenetv2_100_sharedpp',
     'resnet20_cifar', 'resnet32_cifar_s16u1_dual', 'resnet34_cifar_s8u1',
+    'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1', 'mobilenetv2_cifar_sharedpp',
 )
 INTERFACE = {
     'resnet34_s32u1', 'resnet34_s48u1', 'resnet34_s32u1_dual', 'resnet34_s48u1_dual', 'resnet50_shared',
@@ -37,7 +40,11 @@ INTERFACE = {
     'resnet32_cifar_s8u1', 'resnet32_cifar_s16u1', 'resnet32_cifar_s16u1_dual', 'resnet56_cifar_s8u1',
     'resnet56_cifar_s16u1', 'resnet56_cifar_s16u1_dual', 'resnet34_cifar_s8u1', 'resnet34_cifar_s16u1',
     'resnet34_cifar_s32u1',
+    'densenet121_cifar', 'densenet121_cifar_s64u4', 'resnext50_cifar', 'resnext50_cifar_s16u1',
+    'mobilenetv2_cifar', 'mobilenetv2_cifar_shared', 'mobilenetv2_cifar_sharedpp',
 }
+CIFAR_CHANNELS = {
+    'densenet': [64, 256, 512, 1024, 1024], 'resnext50': [64, 256, 512, 1024, 2048], 'mobilenetv2': [16, 24, 32, 320]}
 
 
 # --- one model at a time: the parameter has module scope, so pytest runs all tests of a name together -----------------
@@ -67,6 +74,15 @@ def x(model):
 def images(model: nn.Module, batch: int = 2, size: int = 64) -> torch.Tensor:
     chs, height, width = model.default_cfg['input_size']
     return torch.randn(batch, chs, min(height, size), min(width, size))
+
+
+def size_divisor(name: str, x: torch.Tensor, out: torch.Tensor) -> int:
+    """How much smaller the map is than the image; the stem of MobileNetV2 for CIFAR pads the image by one pixel."""
+    if not name.startswith('mobilenetv2_cifar'):
+        return x.shape[-1] // out.shape[-1]
+    reduction = 2 ** round(math.log2((x.shape[-1] + 2) / out.shape[-1]))
+    assert out.shape[-1] == math.ceil((x.shape[-1] + 2) / reduction)
+    return reduction
 
 
 def loss_and_grads(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -208,7 +224,7 @@ def test_features_only_has_the_channels_and_reductions_it_announces(name, x):
     info = model.feature_info
     outs = model(x)
     assert [o.shape[1] for o in outs] == info.channels()
-    assert [x.shape[-1] // o.shape[-1] for o in outs] == info.reduction()
+    assert [size_divisor(name, x, o) for o in outs] == info.reduction()
     assert all(o.isfinite().all() for o in outs)
 
 
@@ -217,6 +233,10 @@ def test_cifar_features_start_at_full_resolution(name):
         pytest.skip('an ImageNet model')
     info = timm.create_model(name, features_only=True).feature_info
     thin = timm.get_pretrained_cfg_value(name, 'num_classes') == 10
+    if channels := next((c for family, c in CIFAR_CHANNELS.items() if name.startswith(family)), None):
+        assert info.reduction() == [1, 1, 2, 4, 8][-len(channels):]
+        assert info.channels() == channels
+        return
     assert info.reduction() == ([1, 1, 2, 4] if thin else [1, 1, 2, 4, 8])
     assert info.channels() == ([16, 16, 32, 64] if thin else [64, 64, 128, 256, 512])
 
@@ -257,11 +277,11 @@ def test_features_only_loads_the_classifiers_weights(name, template, x):
         torch.testing.assert_close(out, e)
 
 
-def test_forward_intermediates_are_the_stages_and_the_final_features(model, x):
+def test_forward_intermediates_are_the_stages_and_the_final_features(name, model, x):
     final, outs = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
     assert [o.shape[1] for o in outs] == [f['num_chs'] for f in model.feature_info]
-    assert [x.shape[-1] // o.shape[-1] for o in outs] == [f['reduction'] for f in model.feature_info]
+    assert [size_divisor(name, x, o) for o in outs] == [f['reduction'] for f in model.feature_info]
     assert all(o.isfinite().all() for o in outs)
 
 
@@ -557,6 +577,11 @@ PARAMS = {
     'resnet110_cifar': 1_727_962,
     'resnet18_cifar': 11_220_132,
     'resnet34_cifar': 21_328_292,
+    'resnext50_cifar_s16u1': 19_333_380,
+    'densenet121_cifar_s64u4': 5_606_708,
+    'mobilenetv2_cifar': 2_428_004,
+    'mobilenetv2_cifar_shared': 2_163_812,
+    'mobilenetv2_cifar_sharedpp': 1_899_620,
 }
 
 
@@ -628,7 +653,59 @@ def mobilenetv2_params(share_projection: bool) -> int:
     return total + width * 1280 + 1280 + 2560 + 1280 * 1000 + 1000
 
 
+def densenet_cifar_params(shared=0, unique=0, dense=False) -> int:
+    total, chs = 27 * 64, 64
+    for g, layers in enumerate((6, 12, 24, 16)):
+        if g:
+            total += 2 * chs + chs * chs // 2  # transition
+            chs //= 2
+        for _ in range(layers):
+            rank = shared + unique
+            total += 2 * chs + chs * 128 + 2 * 128
+            total += 9 * 128 * 32 if dense else 9 * 128 * unique + 2 * rank + rank * 32
+            chs += 32
+        total += 9 * 128 * shared
+    return total + 2 * chs + chs * 100 + 100
+
+
+def resnext_cifar_params(shared=0, unique=0, dense=False) -> int:
+    total, chs = 27 * 64 + 128, 64
+    for g, blocks in enumerate((3, 4, 6, 3)):
+        out, inner, s, u = 256 * 2 ** g, 128 * 2 ** g, shared * 2 ** g, unique * 2 ** g
+        total += chs * out + 2 * out  # shortcut
+        for b in range(blocks):
+            plain = dense or b == 0
+            rank = inner if plain else s + u
+            total += chs * inner + 2 * inner + 2 * rank + rank * out + 2 * out
+            total += 9 * inner * (inner // 32) if plain else 9 * u * inner // max(u // 4, 1)
+            chs = out
+        total += 9 * s * (inner // 16)
+    return total + chs * 100 + 100
+
+
+def mobilenetv2_cifar_params(share_expansion: bool, share_projection: bool) -> int:
+    total, width = 3 * 32 + 32 + 64, 32
+    stages = [(1, 16, 1, 1, 0), (6, 24, 2, 2, 0), (6, 32, 3, 2, 1), (6, 64, 4, 2, 1), (6, 96, 3, 1, 1),
+              (6, 160, 3, 1, 1), (6, 320, 1, 1, 0)]
+    for t, w, blocks, stride, shared in stages:
+        for b in range(blocks):
+            hidden = t * width
+            total += 2 * hidden + 9 * hidden + 2 * hidden + 2 * w
+            total += width * hidden if b < 2 or not (shared and share_expansion) else 0
+            total += hidden * w if b < 2 or not (shared and share_projection) else 0
+            total += width * w + 2 * w if b == 0 and stride == 1 else 0  # shortcut
+            width = w
+    return total + width * 1280 + 1280 + 2560 + 1280 * 100 + 100
+
+
 DEFINITION = {
+    'densenet121_cifar': densenet_cifar_params(dense=True),
+    'densenet121_cifar_s64u4': densenet_cifar_params(64, 4),
+    'resnext50_cifar': resnext_cifar_params(dense=True),
+    'resnext50_cifar_s16u1': resnext_cifar_params(64, 4),
+    'mobilenetv2_cifar': mobilenetv2_cifar_params(False, False),
+    'mobilenetv2_cifar_shared': mobilenetv2_cifar_params(True, False),
+    'mobilenetv2_cifar_sharedpp': mobilenetv2_cifar_params(True, True),
     'resnet34_s32u1': resnet34_params(shared=32, unique=1),
     'resnet34_s48u1': resnet34_params(shared=48, unique=1),
     'resnet34_s32u1_dual': resnet34_params(shared=32, unique=1, dual=True),
@@ -669,6 +746,48 @@ def test_other_ranks_follow_from_the_definition(name, definition, kwargs, ranks)
     assert count(name, **kwargs) == definition(**ranks)
 
 
+@pytest.mark.parametrize('ranks', [(32, 8), (0, 8), (64, 0)])
+@pytest.mark.parametrize('name, definition', [
+    ('densenet121_cifar', densenet_cifar_params), ('resnext50_cifar', resnext_cifar_params)])
+def test_other_ranks_of_grouped_and_dense_networks_follow_from_the_definition(name, definition, ranks):
+    assert count(name, shared_rank=ranks[0], unique_rank=ranks[1]) == definition(*ranks)
+
+
+@pytest.mark.parametrize('include_unique', [False, True])
+def test_basis_ortho_on_banks_of_different_groups(include_unique):
+    model = timm.create_model('resnext50_cifar_s16u1', layers=(2, 2, 1, 1))
+    reg = create_regularizer('basis_ortho', weight=1., include_unique=include_unique)
+    with torch.no_grad():
+        value, squares, entries = reg(model).item(), 0., 0
+        for conv in (m for m in model.modules() if isinstance(m, SharedBasisConv2d)):
+            shared, unique = conv.basis.weight, conv.unique.weight
+            squares += (shared.flatten(1) @ shared.flatten(1).T - torch.eye(len(shared))).square().sum().item()
+            entries += len(shared) ** 2
+            if include_unique:
+                squares += (unique.flatten(1) @ unique.flatten(1).T - torch.eye(len(unique))).square().sum().item()
+                entries += len(unique) ** 2 + len(unique) * len(shared)
+                for i in range(len(shared)):
+                    full = torch.zeros(conv.in_channels, 3, 3)
+                    start = i // (len(shared) // 16) * shared.shape[1]
+                    full[start:start + shared.shape[1]] = shared[i]
+                    for j in range(len(unique)):
+                        begin = j // (len(unique) // conv.unique.groups) * unique.shape[1]
+                        squares += (full[begin:begin + unique.shape[1]] * unique[j]).sum().item() ** 2
+    assert value == pytest.approx(squares / entries, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize('name', ['densenet121_cifar_s64u4', 'resnext50_cifar_s16u1', 'mobilenetv2_cifar_sharedpp'])
+def test_cifar_families_fold_and_reload(name, tmp_path):
+    model = randomize_batchnorm(timm.create_model(name, num_classes=7)).eval()
+    x = images(model)
+    save_model(model, tmp_path / 'a.safetensors')
+    torch.testing.assert_close(load_model(tmp_path / 'a.safetensors')(x), model(x), rtol=0, atol=0)
+    folded = fold(model)
+    assert not any(isinstance(m, SharedBasisConv2d) for m in folded.modules())
+    save_model(folded, tmp_path / 'b.safetensors')
+    assert_close(load_model(tmp_path / 'b.safetensors')(x), model(x))
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(shared_rank=0, unique_rank=3), dict(shared_rank=12, unique_rank=0, dual=True),
     dict(shared_rank=24, unique_rank=2, dual=True)])
@@ -678,7 +797,9 @@ def test_other_ranks_train(kwargs):
     assert all(g.isfinite().all() and (g.dim() == 1 or g.any()) for g in grads.values())
 
 
-def test_first_block_of_every_stage_is_the_original(template):
+def test_first_block_of_every_stage_is_the_original(name, template):
+    if name.startswith('densenet'):
+        pytest.skip('every layer of a dense block uses the basis')
     stages = [getattr(template, f'layer{i}') for i in range(1, 5) if hasattr(template, f'layer{i}')] \
         or list(template.blocks)
     firsts = [m for stage in stages for m in stage[0].modules()]

@@ -206,9 +206,9 @@ class SharedBasisConv2d(nn.Module):
         weights = [b.weight.detach().double() for b in banks]
         if agree:
             joined = weights[0] if len(weights) == 1 else _join(weights[0], weights[1], banks[0].groups)
-            weight = _ungroup(joined, banks[0].groups, groups)
+            weight = ungroup(joined, banks[0].groups, groups)
         else:
-            weight = torch.cat([_ungroup(w, b.groups, 1) for w, b in zip(weights, banks, strict=True)])
+            weight = torch.cat([ungroup(w, b.groups, 1) for w, b in zip(weights, banks, strict=True)])
         bias = None
         if not isinstance(self.bn, nn.Identity):
             scale, bias = bn_scale_shift(self.bn)
@@ -254,7 +254,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
             and a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
-def _ungroup(weight: torch.Tensor, groups: int, target: int) -> torch.Tensor:
+def ungroup(weight: torch.Tensor, groups: int, target: int) -> torch.Tensor:
     """Write a grouped weight as one of `target` groups (1 or unchanged), zeros where a filter does not look."""
     if groups == target:
         return weight

@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers.shared_basis import ungroup
 
 from .base import Regularizer, register_regularizer
 from .filters import FilterBank, FilterRegularizer, Patterns, total
@@ -103,6 +104,9 @@ class BasisOrtho(Regularizer):
             parts += [_gram_error(rows) for rows in unique]
             entries += sum(len(rows) ** 2 for rows in unique)
             if shared is not None and unique:
+                if len({bank.groups for bank in group.shared + group.unique}) > 1:  # filters of different lengths
+                    shared = torch.cat([_dense_rows(bank) for bank in group.shared])
+                    unique = [_dense_rows(bank) for bank in group.unique]
                 rows = torch.cat(unique)
                 parts.append((shared @ rows.T).square().sum())
                 entries += len(shared) * len(rows)
@@ -159,6 +163,11 @@ class Srip(FilterRegularizer):
 
 def _rows(bank: FilterBasis) -> torch.Tensor:
     return bank.weight.flatten(1).float()
+
+
+def _dense_rows(bank: FilterBasis) -> torch.Tensor:
+    """Rows over all input channels, zero where a grouped filter does not look."""
+    return ungroup(bank.weight, bank.groups, 1).flatten(1).float()
 
 
 def _group_rows(bank: FilterBank) -> torch.Tensor:
