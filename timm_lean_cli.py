@@ -89,9 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('model', help='checkpoint file or timm name')
     export.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
     export.add_argument('--det-config', metavar='FILE', help="detector checkpoint: its config, if it is a .pth")
-    export.add_argument('--fold', action='store_true', help='fold shared bases into dense convolutions first')
+    export.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
+                        help='fold shared bases into dense convolutions first; auto: only where faster here')
+    export.add_argument('--onnx', metavar='FILE', help='ONNX file with a dynamic batch size')
+    export.add_argument('--torch-export', metavar='FILE', help='torch.export file (.pt2) with a dynamic batch size')
+    export.add_argument('--half', action='store_true', help='store float16 tensors (-o and --hf-dir)')
     export.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     export.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
+    _add_eval_data(export)
 
     analyze = command('analyze', 'measure a property of a model on data')
     analyze.add_argument('model', help='timm name, checkpoint file or local-dir:DIR')

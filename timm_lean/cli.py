@@ -179,23 +179,8 @@ def _export(args: argparse.Namespace) -> None:
         directory = export_detector(args.det_config, args.model, args.det_dir)
         print(f'{directory}: timm_lean.mmdet.load_detector({str(directory)!r})')
         return
-    from .checkpoint import load_any, save_hf_dir, save_model
-    from .export import fold
-    from .report import count_params, human_bytes
-    if not args.hf_dir and not args.output:
-        raise LeanError('Nothing to write: give --hf-dir DIR or -o FILE, or --det-dir DIR for a detector.')
-    if args.output and Path(args.output).suffix != '.safetensors':
-        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
-    model = load_any(args.model).eval()
-    if args.fold:
-        model = fold(model)
-        print(model.fold_report)
-    if args.output:
-        save_model(model, args.output)
-        print(f'{args.output}: {human_bytes(Path(args.output).stat().st_size)}, {count_params(model):,} parameters')
-    if args.hf_dir:
-        save_hf_dir(model, args.hf_dir)
-        print(f"{args.hf_dir}: import timm, timm_lean; timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
+    from .export.command import export_command
+    export_command(args)
 
 
 def _demo(args: argparse.Namespace) -> None:

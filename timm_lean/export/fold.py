@@ -1,4 +1,5 @@
-"""Forms of a trained model for use: folding shared bases into dense convolutions."""
+"""Folding shared bases into dense convolutions."""
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -7,11 +8,11 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
-from .errors import LeanError
-from .layers.shared_basis import SharedBasisConv2d, bn_scale_shift
-from .recipe import record_step, register_step
+from ..errors import LeanError
+from ..layers.shared_basis import SharedBasisConv2d, bn_scale_shift
+from ..recipe import record_step, register_step
 
-__all__ = ['FoldReport', 'fold']
+__all__ = ['FoldReport', 'fold', 'to_dense']
 
 
 @dataclass
@@ -37,7 +38,7 @@ class FoldReport:
         return text + (f'; left as they are: {", ".join(self.left)}' if self.left else '')
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
     """Turn every chain filters -> BN -> coefficients (-> BN) into one dense convolution with bias.
 
     The result computes the same function in eval mode (up to rounding) at the speed of the dense network; sharing, and
@@ -45,6 +46,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     Args:
         model: A model in eval mode.
+        layers: Names of the shared convolutions to fold; all if None.
 
     Returns:
         A new model in eval mode; the given one is unchanged.
@@ -58,16 +60,24 @@ def fold(model: nn.Module) -> nn.Module:
     report = FoldReport(params_before=_count(model))
     new = deepcopy(model)
     left = []
+    wanted = None if layers is None else set(layers)
+    if wanted is not None:
+        known = {n for n, m in new.named_modules() if isinstance(m, SharedBasisConv2d)}
+        if unknown := sorted(wanted - known):
+            raise LeanError(f'fold() was asked for {unknown[0]!r}, which is no shared convolution of this model.')
     for prefix, parent in list(new.named_modules()):
-        layers = {n: m for n, m in parent.named_children() if isinstance(m, SharedBasisConv2d)}
-        if not layers:
+        shared = {n: m for n, m in parent.named_children() if isinstance(m, SharedBasisConv2d)}
+        if not shared:
             continue
         followers = _single_followers(parent)
-        for name, layer in layers.items():
-            if not _is_linear(layer):
-                left.append(f'{prefix}.{name}')
+        for name, layer in shared.items():
+            full_name = f'{prefix}.{name}' if prefix else name
+            if wanted is not None and full_name not in wanted:
                 continue
-            conv = _to_dense(layer)
+            if not _is_linear(layer):
+                left.append(full_name)
+                continue
+            conv = to_dense(layer)
             setattr(parent, name, conv)
             report.folded += 1
             report.batchnorms += _absorb_batchnorm(parent, conv, followers.get(name))
@@ -76,7 +86,7 @@ def fold(model: nn.Module) -> nn.Module:
     report.left = tuple(left)
     report.params_after = _count(new)
     new.fold_report = report  # type: ignore[assignment]
-    record_step(new, 'fold')
+    record_step(new, 'fold', **({} if layers is None else {'layers': sorted(layers)}))
     return new
 
 
@@ -95,10 +105,11 @@ def _is_plain_bn(module: nn.Module) -> bool:
     return type(module) is nn.BatchNorm2d and module.track_running_stats
 
 
-def _to_dense(layer: SharedBasisConv2d) -> nn.Conv2d:
+def to_dense(layer: SharedBasisConv2d) -> nn.Conv2d:
+    """One shared convolution in eval mode as a dense one with bias."""
     weight, bias, groups = layer.dense_weight_bias()
     conv = nn.Conv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, groups=groups,
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
         bias=bias is not None, device=weight.device, dtype=weight.dtype)
     conv.weight = nn.Parameter(weight.clone())
     if bias is not None:

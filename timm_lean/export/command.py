@@ -1,0 +1,99 @@
+"""`timm-lean export`: one checkpoint in several forms, with the size and the speed of each."""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from timm.models import get_model_input_config
+
+from ..checkpoint import load_any, load_model, save_hf_dir, save_model
+from ..errors import LeanError
+from ..fileio import writable_dir
+from ..report import count_params, human_bytes, measure_latency
+from ..training.data import open_eval_loader
+from ..training.device import resolve_device
+from .auto import fold_faster
+from .fold import fold
+from .forms import check_onnx_installed, half, onnx_form, save_onnx, save_torch_export, torch_export_form
+
+__all__ = ['export_command']
+
+_CHECK_IMAGES = 8
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """Write the forms that were asked for and print a table of them."""
+    _check(args)
+    device = resolve_device(args.device)
+    model = load_any(args.model).eval()
+    channels, *size = get_model_input_config(model)['input_size']
+    shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
+    rows: list[tuple[str, int | None, nn.Module, torch.device]] = []
+    source = Path(args.model)
+    rows.append((args.model, source.stat().st_size if source.is_file() else None, model, device))
+    if args.fold == 'all':
+        model = fold(model)
+        print(model.fold_report)
+    elif args.fold == 'auto':
+        model, times = fold_faster(model, shape, device)
+        folded = sum(dense < shared for shared, dense in times.values())
+        print(f'{folded} of {len(times)} shared convolutions are faster dense on {device} and were folded')
+    stored = half(model) if args.half else model
+    label = ', float16' if args.half else ''
+    if args.output:
+        save_model(stored, args.output)
+        rows.append((args.output + label, Path(args.output).stat().st_size, load_model(args.output), device))
+        print(f'{args.output}: {human_bytes(rows[-1][1] or 0)}, {count_params(model):,} parameters')
+    if args.hf_dir:
+        save_hf_dir(stored, args.hf_dir)
+        print(f"{args.hf_dir}: import timm, timm_lean; timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
+    if args.onnx or args.torch_export:
+        cpu = torch.device('cpu')
+        loader = open_eval_loader(model, args.data, args.data_dir, args.img_size, _CHECK_IMAGES, cpu)
+        images = next(iter(loader))[0]
+        model = model.to(cpu)
+        for path, save, form in ((args.onnx, save_onnx, onnx_form),
+                                 (args.torch_export, save_torch_export, torch_export_form)):
+            if path:
+                error = save(model, images, path)
+                print(f'{path}: within {error:.1e} of PyTorch on {len(images)} images')
+                rows.append((path, Path(path).stat().st_size, form(path), cpu))
+    if len(rows) > 1:
+        print(_table(rows, shape))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (args.hf_dir or args.output or args.onnx or args.torch_export):
+        raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '
+                        '--det-dir DIR for a detector.')
+    if args.output and Path(args.output).suffix != '.safetensors':
+        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    if args.onnx and Path(args.onnx).suffix != '.onnx':
+        raise LeanError(f'--onnx {args.onnx}: the name must end in .onnx.')
+    if args.torch_export and Path(args.torch_export).suffix != '.pt2':
+        raise LeanError(f'--torch-export {args.torch_export}: the name must end in .pt2.')
+    if args.half and not (args.output or args.hf_dir):
+        raise LeanError('--half is for -o FILE and --hf-dir DIR; give one of them.')
+    if args.onnx:
+        check_onnx_installed()
+    for path in (args.output, args.onnx, args.torch_export):
+        if path and Path(path).is_dir():
+            raise LeanError(f'{path} is a folder; give the name of a file.')
+        if path:
+            writable_dir(Path(path).parent)
+
+
+def _table(rows: list[tuple[str, int | None, nn.Module, torch.device]], shape: tuple[int, ...]) -> str:
+    times: dict[int, float] = {}
+    for device in dict.fromkeys(row[3] for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row[3] == device]
+        measured = measure_latency([rows[i][2] for i in chosen], [shape] * len(chosen), device)
+        times.update({i: ms for i, (ms, _, _) in zip(chosen, measured, strict=True)})
+    cells = [('form', 'file', 'latency', 'device')] + [
+        (name, '-' if size is None else human_bytes(size), f'{times[i]:.2f} ms', str(device))
+        for i, (name, size, _, device) in enumerate(rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines.append(f'latency: batch 1 of {shape[1]} x {shape[2]} x {shape[3]}, median of 20, in turn, '
+                 f'{torch.get_num_threads()} threads')
+    return '\n'.join(lines)
