@@ -106,10 +106,13 @@ class SharedBasisConv2d(nn.Module):
         unique_groups: Groups of the unique filters; those of the basis if None.
         coefficients: Combine the responses by a 1 x 1 convolution.
         norm_layer: Normalization between filters and coefficients, or None.
+        padding: Zeros around the input; `kernel_size // 2` if None.
+        dilation: Dilation of the convolution.
+        bias: Give the coefficients a bias.
 
     Shape:
         Input `[B, in_channels, H, W]`, output `[B, out_channels, ceil(H / stride), ceil(W / stride)]`
-        (padding is `kernel_size // 2`).
+        at the default padding.
 
     Raises:
         LeanError: The ranks are not usable; the message names them.
@@ -126,6 +129,9 @@ class SharedBasisConv2d(nn.Module):
             unique_groups: int | None = None,
             coefficients: bool = True,
             norm_layer: type[nn.Module] | None = nn.BatchNorm2d,
+            padding: int | None = None,
+            dilation: int = 1,
+            bias: bool = False,
             device: Any = None,
             dtype: torch.dtype | None = None,
     ):
@@ -134,6 +140,8 @@ class SharedBasisConv2d(nn.Module):
         rank = shared_rank + unique_rank
         if rank == 0:
             raise LeanError('shared_rank and unique_rank are both 0: the convolution would have no filters.')
+        if bias and not coefficients:
+            raise LeanError('bias=True needs coefficients=True: the bias is that of the coefficients.')
         if not coefficients and rank != out_channels:
             raise LeanError(f'Without coefficients the {rank} filters must equal out_channels={out_channels}.')
         if basis is not None and (basis.in_channels, basis.kernel_size[0]) != (in_channels, kernel_size):
@@ -144,7 +152,9 @@ class SharedBasisConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = (stride, stride)
-        self.padding = (kernel_size // 2, kernel_size // 2)
+        padding = kernel_size // 2 if padding is None else padding
+        self.padding = (padding, padding)
+        self.dilation = (dilation, dilation)
         self.shared_rank = shared_rank
         self.unique_rank = unique_rank
         dd = {'device': device, 'dtype': dtype}
@@ -155,7 +165,7 @@ class SharedBasisConv2d(nn.Module):
         ) if unique_rank else None
         self.basis = basis
         self.bn = norm_layer(rank, **dd) if norm_layer is not None else nn.Identity()
-        self.coeff = nn.Conv2d(rank, out_channels, 1, bias=False, **dd) if coefficients else nn.Identity()
+        self.coeff = nn.Conv2d(rank, out_channels, 1, bias=bias, **dd) if coefficients else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -164,6 +174,8 @@ class SharedBasisConv2d(nn.Module):
             self.unique.reset_parameters()
         if isinstance(self.coeff, nn.Conv2d):
             nn.init.kaiming_normal_(self.coeff.weight, mode='fan_out', nonlinearity='relu')
+            if self.coeff.bias is not None:
+                nn.init.zeros_(self.coeff.bias)
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
@@ -189,15 +201,15 @@ class SharedBasisConv2d(nn.Module):
         return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in (unique, basis)], 1)
 
     def _conv(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, groups=groups)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
 
     @torch.no_grad()
     def dense_weight_bias(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """The layer in eval mode as one convolution.
 
         Returns:
-            Weight `[out_channels, in_channels / groups, k, k]` and bias `[out_channels]` (None without BN), computed
-            in float64 and returned in the filters' dtype, and the number of groups.
+            Weight `[out_channels, in_channels / groups, k, k]` and bias `[out_channels]` (None without BN
+            and bias), computed in float64 and returned in the filters' dtype, and the number of groups.
         """
         banks = self.banks()
         dtype = banks[0].weight.dtype
@@ -217,6 +229,9 @@ class SharedBasisConv2d(nn.Module):
             mix = self.coeff.weight.double().flatten(1)  # [out, rank]
             weight = torch.einsum('or,rchw->ochw', mix, weight)
             bias = mix @ bias if bias is not None else None
+            if self.coeff.bias is not None:
+                own = self.coeff.bias.double()
+                bias = own if bias is None else bias + own
         return weight.to(dtype), None if bias is None else bias.to(dtype), groups
 
 

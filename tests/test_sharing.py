@@ -1,0 +1,204 @@
+"""Conversion to shared bases: exact at full rank, optimal below it, within the budget, and whole after a round trip."""
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import randomize_batchnorm
+
+from timm_lean import LeanError, fold, load_model, save_model, share
+from timm_lean.checkpoint import save_hf_dir
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.pruning import KernelPruner
+from timm_lean.regularizers import create_regularizer
+
+X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def network(name: str = 'resnet20_cifar', **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_batchnorm(timm.create_model(name, **kwargs)).eval()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def vgg() -> nn.Module:  # convolutions with bias
+    return network('vgg11', num_classes=5)
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'training'])
+@pytest.mark.parametrize('dual, unique', [(False, 0), (True, 0), (False, 3)])
+def test_full_rank_is_the_original(training, dual, unique):
+    model = network().train(training)
+    new = share(model, energy=1.0, dual=dual, unique_rank=unique)
+    assert new.training == training
+    assert any(isinstance(m, SharedBasisConv2d) for m in new.modules())
+    with torch.no_grad():
+        assert relative(new(X), copy.deepcopy(model)(X)) < 1e-4
+    assert all(layer.energy > 1 - 1e-9 for layer in new.share_report.layers)
+
+
+def test_unique_filters_complete_a_small_basis():
+    """16 * 9 = 144 directions: 16 unique ones span a layer's 16 filters whatever the basis is."""
+    model = network()
+    new = share(model, shared_rank=1, unique_rank=16, include='layer1.*')
+    with torch.no_grad():
+        assert relative(new(X), model(X)) < 1e-4
+
+
+def test_truncation_is_the_tail_of_the_spectrum():
+    model = network()
+    names = [f'layer2.{b}.conv{c}' for b, c in ((0, 2), (1, 1), (1, 2), (2, 1), (2, 2))]
+    rows = np.concatenate([model.get_submodule(n).weight.detach().numpy().reshape(32, -1) for n in names])
+    values = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
+    new = share(model, shared_rank=20, stages=[2], include=names)
+    lost = 0.0
+    for layer in new.share_report.layers:
+        weight = model.get_submodule(layer.name).weight.detach()
+        dense = new.get_submodule(layer.name).dense_weight_bias()[0]
+        error = float((dense - weight).square().sum())
+        assert layer.energy == pytest.approx(1 - error / float(weight.square().sum()), abs=1e-5)
+        lost += error
+    assert [layer.name for layer in new.share_report.layers] == names
+    assert lost == pytest.approx(float((values[20:] ** 2).sum()), rel=1e-4)
+    energy = (values ** 2).cumsum() / (values ** 2).sum()
+    by_energy = share(model, energy=0.7, stages=[2], include=names)
+    assert by_energy.share_report.layers[0].shared_rank == int(np.searchsorted(energy, 0.7)) + 1
+
+
+def test_bases_are_orthonormal_with_unique_filters():
+    new = share(network(), shared_rank=12, unique_rank=2)
+    for layer in new.modules():
+        if isinstance(layer, SharedBasisConv2d):
+            rows = torch.cat([bank.weight.detach().flatten(1) for bank in layer.banks()])
+            torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
+    assert create_regularizer('basis_ortho')(new).item() < 1e-8
+
+
+@pytest.mark.parametrize('params', [0.3, 0.5, 0.8])
+def test_budget_is_met(params):
+    model = network()
+    new = share(model, params=params)
+    assert abs(count(new) / count(model) - params) <= 0.03
+    assert new.share_report.params_after == count(new)
+    assert new.share_report.params_before == count(model)
+
+
+def test_more_parameters_keep_more():
+    model = network()
+    errors = [share(model, params=p, example_input=X).share_report for p in (0.3, 0.6, 0.9)]
+    kept = [min(layer.energy for layer in r.layers) for r in errors]
+    assert kept == sorted(kept)
+    assert errors[0].output_error > errors[2].output_error > 0
+    assert f'{errors[0].params_after:,}' in str(errors[0])
+
+
+def test_output_error_is_that_of_the_layer():
+    model = network()
+    seen = {}
+    conv = model.get_submodule('layer3.1.conv1')
+    handle = conv.register_forward_hook(lambda m, a, y: seen.update(x=a[0], y=y))
+    with torch.no_grad():
+        model(X)
+        handle.remove()
+        new = share(model, shared_rank=16, example_input=X)
+        wanted = relative(new.get_submodule('layer3.1.conv1')(seen['x']), seen['y'])
+    got = next(la for la in new.share_report.layers if la.name == 'layer3.1.conv1').output_error
+    assert got == pytest.approx(wanted, rel=1e-4)
+
+
+def test_bias_stays():
+    model = vgg()
+    new = share(model, energy=1.0)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(new(x), model(x)) < 1e-4
+        assert relative(fold(new)(x), model(x)) < 1e-4
+    name = new.share_report.layers[0].name
+    assert torch.equal(new.get_submodule(name).coeff.bias, model.get_submodule(name).bias)
+
+
+def test_original_is_untouched_and_copies_share():
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    new = copy.deepcopy(share(model, shared_rank=8))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    layers = [m for m in new.modules() if isinstance(m, SharedBasisConv2d)]
+    assert len({id(m.basis) for m in layers}) < len(layers)
+
+
+def test_features_and_checkpointing():
+    features = timm.create_model('resnet18', features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    new = share(features, energy=1.0)
+    with torch.no_grad():
+        for a, b in zip(new(x), features(x), strict=True):
+            assert relative(a, b) < 1e-4
+    model = timm.create_model('resnet18', num_classes=3)
+    new = share(model, shared_rank=32)
+    new.set_grad_checkpointing()
+    new.train()(x.expand(2, -1, -1, -1)).sum().backward()
+    assert all(p.grad is not None for p in new.parameters())
+
+
+def test_share_prune_train_save_load_fold(tmp_path):
+    model = share(network(num_classes=4), params=0.5, unique_rank=1)
+    KernelPruner(model, 'weight', amount=0.3).prune()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(X).square().mean().backward()
+    optimizer.step()
+    model.eval()
+    for form in (model, fold(model)):
+        save_model(form, tmp_path / 'm.safetensors')
+        again = load_model(tmp_path / 'm.safetensors').eval()
+        with torch.no_grad():
+            assert torch.equal(again(X), form(X))
+        assert count(again) == count(form)
+    with torch.no_grad():
+        assert relative(fold(model)(X), model(X)) < 1e-4
+
+
+def test_local_dir(tmp_path):
+    model = share(network(), shared_rank=10)
+    save_hf_dir(model, tmp_path / 'd')
+    again = timm.create_model(f'local-dir:{tmp_path / "d"}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(X), model(X))
+
+
+def test_sharing_twice_takes_what_is_left(tmp_path):
+    model = share(share(network(), shared_rank=10, stages=[1]), shared_rank=20, stages=[2])
+    save_model(model, tmp_path / 'm.safetensors')
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'm.safetensors').eval()(X), model(X))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ({}, 'exactly one'),
+    ({'shared_rank': 4, 'params': 0.5}, 'shared_rank, params'),
+    ({'shared_rank': 0}, 'shared_rank must be a whole number of at least 1, got 0'),
+    ({'shared_rank': 2.5}, 'got 2.5'),
+    ({'shared_rank': 2, 'unique_rank': -1}, 'unique_rank'),
+    ({'energy': 1.5}, 'energy must be a share'),
+    ({'params': 0.0}, 'params must be a share'),
+    ({'params': 0.001}, 'out of reach: this network can have 0.'),
+    ({'shared_rank': 2, 'include': 'nothing*'}, "'nothing\\*' matches no convolution"),
+    ({'shared_rank': 2, 'stages': [9]}, 'there is nothing to share'),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(LeanError, match=message):
+        share(network(), **arguments)
+
+
+def test_nothing_to_share():
+    with pytest.raises(LeanError, match='nothing to share'):
+        share(timm.create_model('mobilenetv3_small_050'), shared_rank=2)
