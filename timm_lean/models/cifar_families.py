@@ -60,8 +60,8 @@ class CifarDenseNet(LeanDenseNet):
             **kwargs: Any,
     ):
         super().__init__(layers, growth, **kwargs)
-        self.bn1: nn.Module = nn.Identity()
-        self.act1: nn.Module = nn.Identity()
+        self.add_module('bn1', nn.Identity())  # nothing behind the stem
+        self.add_module('act1', nn.Identity())
         if shared_rank is not None or unique_rank is not None:
             check_ranks(shared_rank or 0, unique_rank or 0)
             for g, stage in enumerate(self.stages()):
@@ -113,7 +113,8 @@ class CifarResNeXt(LeanResNet):
 
 def _share_grouped(stage: nn.Sequential, index: int, shared: int, unique: int, groups: int) -> None:
     basis = None
-    for block in list(stage)[1:]:
+    blocks: list[Any] = list(stage)[1:]
+    for block in blocks:
         conv, last = block.conv2, block.conv3
         dd: dict[str, Any] = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
         if shared and basis is None:
@@ -134,8 +135,9 @@ class _WidthShortcut(nn.Module):
     def __init__(self, block: nn.Module, in_chs: int, out_chs: int, **dd: Any):
         super().__init__()
         self.block = block
-        self.shortcut = nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))
-        nn.init.kaiming_normal_(self.shortcut[0].weight, mode='fan_out', nonlinearity='relu')
+        conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_chs, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x) + self.shortcut(x)
