@@ -77,8 +77,11 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and (
+            not node.args or (len(node.args) == 1 and isinstance(node.args[0], ast.Dict))):
         pairs: dict[Any, Any] = {}
+        for argument in node.args:  # names that are no identifiers, such as modules of a pruned backbone
+            pairs.update(_value(argument))
         for keyword in node.keywords:
             pairs.update({keyword.arg: _value(keyword.value)} if keyword.arg else _value(keyword.value))
         return pairs

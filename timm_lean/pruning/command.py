@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from timm.models import get_model_input_config
 
 from timm_lean.checkpoint import load_any, save_model
@@ -39,6 +40,9 @@ def prune_command(args: argparse.Namespace) -> None:
     granularity = option('granularity') or 'kernel'
     _check_options(args, granularity)
     writable_dir(output.parent)
+    if _is_detector(Path(args.model)):
+        _prune_detector(args, criterion, granularity)
+        return
     model = load_any(args.model).eval()
     x = torch.zeros(1, *get_model_input_config(model)['input_size'])
     before = _figures(model, x, args, Path(args.model))
@@ -75,6 +79,34 @@ def prune_command(args: argparse.Namespace) -> None:
                  {k: option(k) for k in keys if option(k) is not None})
         columns['fine-tuned'] = _figures(load_any(str(output)).eval(), x, args, output)
     _print_figures(columns)
+
+
+def _is_detector(path: Path) -> bool:
+    if path.is_dir():
+        return (path / 'config.py').is_file() and (path / 'model.safetensors').is_file()
+    if path.suffix != '.safetensors' or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework='pt') as f:
+            return 'timm_lean_detector' in (f.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False  # whoever reads it as a network says what is wrong
+
+
+def _prune_detector(args: argparse.Namespace, criterion: str, granularity: str) -> None:
+    option = vars(args).get
+    if granularity != 'channel':
+        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
+                        'trains, by KernelPruningHook.')
+    if _has_data(args) or option('finetune_epochs'):
+        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
+                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE.')
+    from timm_lean.mmdet.prune import prune_detector
+    model = prune_detector(
+        args.model, args.output, criterion, 0.5 if option('ratio') is None else args.ratio,
+        again=bool(option('again')), global_pruning=bool(option('global_pruning')),
+        round_to=option('round_to') or 8, ignored_layers=option('ignore') or ())
+    print(model.channel_report)
 
 
 def _check_options(args: argparse.Namespace, granularity: str) -> None:
