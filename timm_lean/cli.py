@@ -133,6 +133,11 @@ def _prune(args: argparse.Namespace) -> None:
     prune_command(args)
 
 
+def _share(args: argparse.Namespace) -> None:
+    from .sharing_command import share_command
+    share_command(args)
+
+
 def _depth(args: argparse.Namespace) -> None:
     from .depth.command import depth_command
     depth_command(args)
@@ -199,5 +204,5 @@ def _demo(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
     'models': _models, 'info': _info, 'train': _train, 'validate': _validate, 'predict': _predict, 'export': _export,
-    'prune': _prune, 'analyze': _analyze, 'depth': _depth, 'doctor': _doctor, 'demo': _demo,
+    'prune': _prune, 'share': _share, 'analyze': _analyze, 'depth': _depth, 'doctor': _doctor, 'demo': _demo,
 }

@@ -320,7 +320,7 @@ def _restructure(model: nn.Module, plan: list[dict[str, Any]]) -> None:
                 norm_layer=None, padding=int(conv.padding[0]), dilation=conv.dilation[0],
                 bias=conv.bias is not None, **dd)
             if conv.bias is not None:
-                layer.coeff.bias = conv.bias  # type: ignore[assignment]
+                layer.coeff.bias = conv.bias
             layer.train(conv.training)
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, layer)

@@ -1,0 +1,51 @@
+"""`timm-lean share`: convert a network to shared bases, and say what it cost and saved."""
+import argparse
+from pathlib import Path
+
+import torch
+from timm.models import get_model_input_config
+
+from .checkpoint import load_any, save_model
+from .errors import LeanError
+from .fileio import writable_dir
+from .pruning.command import _accuracy
+from .sharing import share
+
+__all__ = ['share_command']
+
+
+def share_command(args: argparse.Namespace) -> None:
+    """Run `timm-lean share`.
+
+    Args:
+        args: `model`, `output`, `params`, `energy`, `shared_rank`, `unique_rank`, `dual`, `stages`, `include`,
+            `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `lr`.
+
+    Raises:
+        LeanError: Options that cannot be met, or a model without convolutions to share.
+    """
+    output = Path(args.output)
+    if output.suffix != '.safetensors':
+        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    has_data = bool(args.data or args.data_dir)
+    if args.finetune_epochs and not has_data:
+        raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
+    if args.finetune_epochs < 0:
+        raise LeanError(f'--finetune-epochs must be at least 0, got {args.finetune_epochs}.')
+    writable_dir(output.parent)
+    model = load_any(args.model).eval()
+    x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
+    new = share(
+        model, args.shared_rank, args.energy, args.params, args.unique_rank, args.dual, args.stages, args.include,
+        args.exclude, example_input=x)
+    print(new.share_report)
+    save_model(new, output)
+    if has_data:
+        print(f'top-1 before     {_accuracy(model, args):.2f} %')
+        print(f'top-1 converted  {_accuracy(new, args):.2f} %', flush=True)
+    if args.finetune_epochs:
+        from .training.finetune import finetune
+        keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
+        settings = {k: getattr(args, k) for k in keys if getattr(args, k) is not None}
+        print(f'top-1 fine-tuned {finetune(output, args.finetune_epochs, args.lr, settings):.2f} %')
+    print(output)
