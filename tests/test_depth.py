@@ -395,3 +395,11 @@ def test_the_command_line_measures_the_digits(capsys):
     assert 'bits_per_stage' in capsys.readouterr().err
     assert main(['depth', '--data-dir', 'nowhere']) == 2
     assert 'nowhere' in capsys.readouterr().err
+
+
+def test_written_config_of_gray_images_trains(tmp_path: Path):
+    from timm_lean_cli import main
+    file = tmp_path / 'd.yaml'
+    assert main(['depth', '--data', 'digits', '--budget', '4k', '--no-step-time', '--write-config', str(file)]) == 0
+    assert main(['train', '--config', str(file), '--epochs', '1', '--output', str(tmp_path / 'run'),
+                 '--device', 'cpu']) == 0
