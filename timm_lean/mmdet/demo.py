@@ -60,7 +60,7 @@ def detection_demo(output: Path, epochs: int = 14) -> None:
 
     print('\n3. Exported, reloaded, evaluated again')
     directory = export_detector(None, best, folder / 'detector')
-    reloaded = load_detector(directory)
+    reloaded: Any = load_detector(directory)
     cfg = demo_config(folder, epochs)
     cfg.work_dir = str(folder / 'test')
     runner = _runner(cfg)

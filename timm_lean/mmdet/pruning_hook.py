@@ -69,7 +69,7 @@ class KernelPruningHook(Hook):
             raise LeanError('KernelPruningHook is in the config twice (custom_hooks of a base config count too). Keep '
                             'one; its target may be the whole detector.')
         last = runner.max_epochs if self.by_epoch else runner.max_iters
-        if max(self.options['begin'], (self.options['end'] or 0) - 1e-9) >= last:  # type: ignore[call-overload]
+        if max(self.options['begin'], (self.options['end'] or 0) - 1e-9) >= last:
             raise LeanError(f'KernelPruningHook: begin={self.options["begin"]}, end={self.options["end"]} does not fit '
                             f'into the {last} {"epochs" if self.by_epoch else "iterations"} of the training.')
         model = unwrap(runner.model)
@@ -78,7 +78,7 @@ class KernelPruningHook(Hook):
         if backbone is not None and self._resumed is None:
             target.lean_steps = list(backbone.steps)  # type: ignore[assignment]
         try:
-            self.pruner = KernelPruner(target, **self.options)  # type: ignore[arg-type]
+            self.pruner = KernelPruner(target, **self.options)
         except TypeError as e:
             raise LeanError(f'KernelPruningHook: {e}') from e
         for hook in runner.hooks:
