@@ -109,7 +109,7 @@ class Trainer:
         if config.ema:
             self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
             if self.pruner is not None:
-                self.pruner.follow(self.task.get_trainable_module(ema=True).module)  # type: ignore[union-attr]
+                self.pruner.follow(self.task.get_trainable_module(ema=True).module)  # type: ignore[union-attr, arg-type]
         self.scaler = NativeScaler(device=device.type) if config.amp == 'fp16' else None
         self.train_loader = create_train_loader(datasets['train'], config, self.data_config, device, rank, world)
         self.eval_loader = create_eval_loader(
