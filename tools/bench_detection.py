@@ -1,15 +1,17 @@
-"""Time and memory of a training iteration of a detector: dense, shared, shared with regularizers.
+"""Time and memory of a training iteration of a detector: dense, shared, and shared with the hooks.
 
     python tools/bench_detection.py --backbones resnet34 resnet34_s48u1_dual --img-size 640 --batch-size 2
     python tools/bench_detection.py --configs mmdet_configs/bccd/*.py --img-size 320 --batch-size 4
 
 The detector is RetinaNet as in `mmdet_configs/retinanet`. Rounds are interleaved (every variant once per round), so
-that a disturbance hits all of them alike; the table shows medians and quartiles. The cost of the hook is the median
-over the rounds of the time with the regularizers over the time without, of the same detector. A regularizer sees
-weights only: its time does not depend on the images, so its share grows as they get smaller.
+that a disturbance hits all of them alike; the table shows medians and quartiles. The cost of the hooks is the median
+over the rounds of the time with them over the time without, of the same detector. Hooks see weights only: their time
+does not depend on the images, so their share grows as these get smaller. KernelPruningHook is measured between two
+updates of its masks, as all but a few iterations of a training are.
 """
 import argparse
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch.profiler import ProfilerActivity, profile
 
-from timm_lean.mmdet import RegularizerHook
+from timm_lean.mmdet import KernelPruningHook, RegularizerHook
 from timm_lean.mmdet.detector import build_detector
 from timm_lean.mmdet.settings import open_config
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Returns:
         Keys `what`, `params` (of the detector), `ms`, `q1`, `q3` of `repeats` iterations (forward, losses, backward,
-        update), `peak_mb` beyond the weights, `hook` (relative cost of the hook; None without).
+        update), `peak_mb` beyond the weights, `hook` (relative cost of the hooks; None without).
     """
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -51,14 +53,22 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     pairs = {}
     for name, cfg in variants.items():
         model = build_detector(cfg).to(device).train()
-        steps[name] = make_step(model, make_batch(args.batch_size, args.img_size), device)
-        params[name] = sum(p.numel() for p in model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+        batch = make_batch(args.batch_size, args.img_size)
+        hooks: list[Any] = []
+        variants_of = {name: hooks}
         if name == list(variants)[-1]:
-            hook = RegularizerHook([dict(type=reg, weight=args.weight) for reg in args.regularizers])
-            runner = SimpleNamespace(model=model, hooks=[hook], iter=0, max_iters=1)
-            label = f'{name} + {", ".join(args.regularizers)}'
-            steps[label] = with_hook(hook, runner, steps[name])
-            params[label], pairs[label] = params[name], name
+            if args.regularizers:
+                hooks = [RegularizerHook([dict(type=reg, weight=args.weight) for reg in args.regularizers])]
+                variants_of[f'{name} + {", ".join(args.regularizers)}'] = hooks
+            if args.amount:
+                hooks = [*hooks, pruning_hook(model, args.amount)]
+                variants_of[f'{" + ".join([name, *args.regularizers])} + pruning'] = hooks
+        for label, chosen in variants_of.items():
+            steps[label] = make_step(model, optimizer, batch, device, chosen)
+            params[label] = sum(p.numel() for p in model.parameters())
+            if chosen:
+                pairs[label] = name
     times: dict[str, list[float]] = {label: [] for label in steps}
     for i in range(args.repeats + 1):
         # every other round backwards, so that no variant always follows the same one
@@ -78,35 +88,53 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def make_step(model: Any, data: dict[str, list[Any]], device: torch.device) -> Callable[[], float]:
-    """A training iteration that returns its seconds."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+def make_step(
+        model: Any, optimizer: torch.optim.Optimizer, data: dict[str, list[Any]], device: torch.device,
+        hooks: Sequence[Any] = (),
+) -> Callable[[], float]:
+    """A training iteration, with what the hooks do in it, that returns its seconds."""
+    runner = make_runner(model, hooks)
+    # on the model, which others share, only during the iteration
+    attached = [hook for hook in hooks if isinstance(hook, RegularizerHook)]
 
     def step() -> float:
         batch = copy.deepcopy(data)
+        for hook in attached:
+            hook.before_train(runner)
         synchronize(device)
         start = time.perf_counter()
+        for hook in hooks:
+            hook.before_train_iter(runner, 0)
         losses = model(**model.data_preprocessor(batch, training=True), mode='loss')
         loss, _ = model.parse_losses(losses)
         loss.backward()
         optimizer.step()
+        for hook in hooks:
+            hook.after_train_iter(runner, 0)
         optimizer.zero_grad()  # at the end, so that the memory of the gradients is that of an iteration
         synchronize(device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        for hook in attached:
+            hook.after_train(runner)
+        return seconds
 
     return step
 
 
-def with_hook(hook: RegularizerHook, runner: Any, step: Callable[[], float]) -> Callable[[], float]:
-    """The same iteration with the regularizers in the loss."""
-    def hooked() -> float:
-        hook.before_train(runner)
-        try:
-            return step()
-        finally:
-            hook.after_train(runner)
+def make_runner(model: Any, hooks: Sequence[Any]) -> Any:
+    """What the hooks ask a Runner for."""
+    return SimpleNamespace(
+        model=model, hooks=list(hooks), iter=0, max_iters=1, max_epochs=1, train_dataloader=[None],
+        logger=logging.getLogger(__name__))
 
-    return hooked
+
+def pruning_hook(model: Any, amount: float) -> KernelPruningHook:
+    """A hook that has pruned the model's backbone."""
+    hook = KernelPruningHook(amount=amount)
+    runner = make_runner(model, [hook])
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    return hook
 
 
 def make_batch(batch_size: int, size: int) -> dict[str, list[Any]]:
@@ -150,7 +178,7 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ['| backbone | detector parameters | median ms | quartiles | repeats | memory, MB | cost of the hook |',
+    lines = ['| backbone | detector parameters | median ms | quartiles | repeats | memory, MB | cost of the hooks |',
              '|' + ' --- |' * 7]
     for row in rows:
         hook = '' if row['hook'] is None else f'{100 * row["hook"]:+.1f} %'
@@ -167,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
                    help='detector configs instead of --backbones, the one that is regularized last')
     p.add_argument('--regularizers', nargs='+', default=['basis_ortho'])
     p.add_argument('--weight', type=float, default=1e-4)
+    p.add_argument('--amount', type=float, default=0.5, help='share of the kernels pruned; 0 leaves pruning out')
     p.add_argument('--batch-size', type=int, default=2)
     p.add_argument('--img-size', type=int, default=640)
     p.add_argument('--repeats', type=int, default=20)
