@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument('--vs', action='append', default=[], metavar='MODEL', help='compare with this one (repeatable)')
     info.add_argument('--img-size', type=int)
     info.add_argument('--latency', action='store_true', help='measure ms and peak memory on this device')
+    info.add_argument('--plot', metavar='FILE', help='picture of accuracy against latency (with --latency) or MACs')
+    info.add_argument('--data', choices=['digits', 'folder'], default='', help="accuracy on the embedded 'digits'")
+    info.add_argument('--data-dir', metavar='DIR', help='accuracy on a folder with val/ or test/, or of class folders')
     info.add_argument('--device', default='auto')
     info.add_argument('--json', action='store_true')
 

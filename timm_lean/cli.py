@@ -55,8 +55,20 @@ def _info(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     if args.img_size is not None and args.img_size < 1:
         raise LeanError(f'--img-size must be at least 1, got {args.img_size}.')
-    reports = model_reports([args.model, *args.vs], args.img_size, args.latency, device)
+    if args.plot:
+        from .tradeoff import check_picture, plot_tradeoff
+        check_picture(args.plot)
+    sources = [args.model, *args.vs]
+    reports = model_reports(sources, args.img_size, args.latency, device)
+    if args.plot or args.data or args.data_dir:
+        from .checkpoint import load_any
+        from .training.evaluate import evaluate_source
+        for source, report in zip(sources, reports, strict=True):
+            report.top1 = evaluate_source(
+                source, load_any(source), args.data, args.data_dir, args.img_size, 128, device, workers=2)['top1']
     print(to_json(reports) if args.json else format_table(reports))
+    if args.plot:
+        plot_tradeoff(reports, args.plot)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -84,19 +96,11 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def _validate(args: argparse.Namespace) -> None:
     from .checkpoint import load_any
-    from .training.data import class_names, open_eval_loader
     from .training.device import resolve_device
-    from .training.evaluate import evaluate
-    device = resolve_device(args.device)
-    model: Any = load_any(args.model).to(device)
-    loader = open_eval_loader(
-        model, args.data, args.data_dir, args.img_size, args.batch_size, device, args.workers)
-    dataset = loader.dataset
-    classes, known = class_names(dataset), model.pretrained_cfg.get('label_names')
-    if len(classes) > model.num_classes or (known and classes != list(known)):
-        raise LeanError(f'{args.model} was made for {model.num_classes} classes ({", ".join(known or [])[:80]}), the '
-                        f'data has {len(classes)} ({", ".join(classes)[:80]}).')
-    metrics = {**evaluate(model, loader, device, args.amp), 'images': len(dataset)}
+    from .training.evaluate import evaluate_source
+    metrics = evaluate_source(
+        args.model, load_any(args.model), args.data, args.data_dir, args.img_size, args.batch_size,
+        resolve_device(args.device), args.workers, args.amp)
     if args.json:
         print(json.dumps({'model': args.model, **metrics}, indent=2))
     else:

@@ -38,6 +38,7 @@ class ModelReport:
         latency_spread_ms: Half the distance between the quartiles of the repeats.
         peak_memory: Bytes allocated at most during a forward pass, beyond the parameters.
         device: Where latency and memory were measured.
+        top1: Accuracy in percent on the images that were given.
     """
     name: str
     params: int
@@ -48,6 +49,7 @@ class ModelReport:
     latency_spread_ms: float | None = None
     peak_memory: int | None = None
     device: str | None = None
+    top1: float | None = None
 
 
 def model_reports(
@@ -179,13 +181,13 @@ def format_table(reports: Sequence[ModelReport]) -> str:
     first = reports[0]
     columns: list[tuple[str, list[str]]] = [('model', [r.name for r in reports])]
 
-    def add(title: str, values: list[float | None], show: Any) -> None:
+    def add(title: str, values: list[float | None], show: Any, ratio: bool = True) -> None:
         if all(v is None for v in values):
             return
         cells = []
         for v in values:
             text = '-' if v is None else show(v)
-            if v is not None and len(values) > 1 and values[0]:
+            if v is not None and ratio and len(values) > 1 and values[0]:
                 text += f' ({v / values[0]:.2f}x)'
             cells.append(text)
         columns.append((title, cells))
@@ -195,6 +197,7 @@ def format_table(reports: Sequence[ModelReport]) -> str:
     add('file', [r.bytes for r in reports], human_bytes)
     add('latency', [r.latency_ms for r in reports], lambda v: f'{v:.2f} ms')
     add('peak memory', [r.peak_memory for r in reports], human_bytes)
+    add('top-1', [r.top1 for r in reports], lambda v: f'{v:.2f} %', ratio=False)
     widths = [max(len(title), *map(len, cells)) for title, cells in columns]
     lines = ['  '.join(title.ljust(w) for (title, _), w in zip(columns, widths, strict=True))]
     for i in range(len(reports)):

@@ -6,9 +6,12 @@ import torch
 import torch.nn as nn
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 
+from timm_lean.errors import LeanError
+
+from .data import class_names, open_eval_loader
 from .device import autocast
 
-__all__ = ['evaluate']
+__all__ = ['evaluate', 'evaluate_source']
 
 
 @torch.no_grad()
@@ -37,3 +40,32 @@ def evaluate(
     return metrics
 
 
+def evaluate_source(
+        source: str,
+        model: Any,
+        data: str,
+        data_dir: str | None,
+        img_size: int | None,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        amp: str = '',
+) -> dict[str, float]:
+    """`evaluate` on a dataset, with the number of `images`; the model moves to the device.
+
+    Args:
+        source: What the model was loaded from, for messages.
+        model: A timm model.
+        data: See `open_eval_loader`, as `data_dir`, `img_size`, `batch_size` and `workers`.
+        amp: See `evaluate`.
+
+    Raises:
+        LeanError: The data has other classes than the model.
+    """
+    model = model.to(device)
+    loader = open_eval_loader(model, data, data_dir, img_size, batch_size, device, workers)
+    classes, known = class_names(loader.dataset), model.pretrained_cfg.get('label_names')
+    if len(classes) > model.num_classes or (known and classes != list(known)):
+        raise LeanError(f'{source} was made for {model.num_classes} classes ({", ".join(known or [])[:80]}), the '
+                        f'data has {len(classes)} ({", ".join(classes)[:80]}).')
+    return {**evaluate(model, loader, device, amp), 'images': len(loader.dataset)}
