@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared_data.add_argument('--workers', type=int, default=2)
     shared_data.add_argument('--finetune-epochs', type=int, default=0, metavar='N', help='train the result so long')
     shared_data.add_argument('--lr', type=float, default=0.01, help='of the fine-tuning (default 0.01)')
+    shared_data.add_argument('--distill', action='store_true', help="fine-tune towards the original's features")
 
     export = command('export', 'write a checkpoint in another form')
     export.add_argument('model', help='checkpoint file or timm name')
@@ -181,6 +182,8 @@ def _add_train(p: argparse.ArgumentParser) -> None:
     flag('--reg', 'regularizer, e.g. basis_ortho=10 (repeatable)', action='append', metavar='NAME=WEIGHT')
     flag('--init', 'data-free initialization before the first epoch', choices=['conv_similarity'])
     flag('--init-steps', 'its steps (default 200)', type=int)
+    flag('--distill', 'learn the features of this network: checkpoint, or timm name with weights', metavar='TEACHER')
+    flag('--distill-weight', 'weight of their mean squared error (default 1)', type=float, metavar='W')
     flag('--prune', 'prune kernels by this criterion while training, e.g. spectral_norm', metavar='CRITERION')
     flag('--prune-amount', 'share of the kernels to prune, e.g. 0.7', type=float, metavar='SHARE')
     flag('--prune-threshold', "prune below the criterion's threshold for this t instead", type=float, metavar='T')

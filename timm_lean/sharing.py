@@ -129,7 +129,7 @@ def share(
         shared_rank: Filters of every basis, at most the rank of its group.
         energy: Share of each group's squared norm that the shared basis keeps at least, in (0, 1].
         params: Parameters of the result as a share of the original's, in (0, 1]; met within 3 points. Ranks go where a
-            parameter keeps most of the weights' relative squared norm.
+            parameter raises the product of the layers' energies most.
         unique_rank: Further filters of each layer alone.
         dual: One basis for the first convolutions of the blocks and another for the second: convolutions share only
             with those of the same name in their block.
@@ -282,10 +282,12 @@ def _ranks_for_budget(groups: list[_Group], params: float, before: int, unique_r
                         'parameters by sharing (with these stages, include, exclude and unique_rank).')
     candidates = []
     for index, group in enumerate(groups):
-        # relative to the group's norm: batch norm behind a convolution makes its scale meaningless
-        gains = len(group.names) * group.singular.square() / group.singular.square().sum().clamp_min(1e-30)
+        # of the product over the layers of the energy kept (rank selection of Zhang et al.,
+        # https://arxiv.org/abs/1505.06798): unlike their sum, it lets no layer starve
+        kept = group.singular.square().cumsum(0).clamp_min(1e-30).log()
+        gains = len(group.names) * kept.diff()
         step = group.dim + len(group.names) * group.out_channels
-        candidates += [(-float(gain) / step, index, rank) for rank, gain in enumerate(gains.tolist(), 1) if rank > 1]
+        candidates += [(-float(gain) / step, index, rank) for rank, gain in enumerate(gains.tolist(), 2)]
     spent, full = total(ranks), set()
     for _, index, rank in sorted(candidates, key=lambda c: (c[0], c[2], c[1])):
         if index in full:

@@ -1,5 +1,6 @@
 """`timm-lean share`: convert a network to shared bases, and say what it cost and saved."""
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ def share_command(args: argparse.Namespace) -> None:
 
     Args:
         args: `model`, `output`, `params`, `energy`, `shared_rank`, `unique_rank`, `dual`, `stages`, `include`,
-            `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `lr`.
+            `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `lr`,
+            `distill`.
 
     Raises:
         LeanError: Options that cannot be met, or a model without convolutions to share.
@@ -32,6 +34,8 @@ def share_command(args: argparse.Namespace) -> None:
         raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
     if args.finetune_epochs < 0:
         raise LeanError(f'--finetune-epochs must be at least 0, got {args.finetune_epochs}.')
+    if args.distill and not args.finetune_epochs:
+        raise LeanError('--distill is a way of fine-tuning: it needs --finetune-epochs.')
     writable_dir(output.parent)
     model = load_any(args.model).eval()
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
@@ -47,5 +51,9 @@ def share_command(args: argparse.Namespace) -> None:
         from .training.finetune import finetune
         keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
         settings = {k: getattr(args, k) for k in keys if getattr(args, k) is not None}
-        print(f'top-1 fine-tuned {finetune(output, args.finetune_epochs, args.lr, settings):.2f} %')
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
+            if args.distill:
+                settings['distill'] = str(Path(folder) / 'original.safetensors')
+                save_model(model.cpu(), settings['distill'])
+            print(f'top-1 fine-tuned {finetune(output, args.finetune_epochs, args.lr, settings):.2f} %')
     print(output)

@@ -3,6 +3,7 @@
     python tools/reproduce.py conv-similarity --help
     python tools/reproduce.py eigen-pruning --help
     python tools/reproduce.py depth --help
+    python tools/reproduce.py sharing --help
 """
 import importlib
 import sys
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # each with `main(argv) -> exit code`
 EXPERIMENTS = {
-    'conv-similarity': 'reproduce_conv_similarity', 'eigen-pruning': 'reproduce_pruning', 'depth': 'reproduce_depth'}
+    'conv-similarity': 'reproduce_conv_similarity', 'eigen-pruning': 'reproduce_pruning', 'depth': 'reproduce_depth',
+    'sharing': 'reproduce_sharing'}
 
 
 def main() -> int:

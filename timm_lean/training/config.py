@@ -42,6 +42,9 @@ class TrainConfig:
         reg: Regularizers as NAME=WEIGHT.
         init: '' or 'conv_similarity', its data-free initialization before the first epoch.
         init_steps: Steps of that initialization.
+        distill: Teacher of a feature distillation: checkpoint file, local-dir:DIR, or a timm name with pretrained
+            weights; none if empty.
+        distill_weight: Weight of the features' mean squared error beside the classification loss.
         prune: Criterion by which kernels are pruned while training; if empty, a model that comes pruned stays as it is.
         prune_amount: Share of the kernels to prune.
         prune_threshold: Prune kernels below the criterion's threshold for this t instead.
@@ -96,6 +99,8 @@ class TrainConfig:
     reg: list[str] = field(default_factory=list)
     init: str = ''
     init_steps: int = 200
+    distill: str = ''
+    distill_weight: float = 1.
     prune: str = ''
     prune_amount: float | None = None
     prune_threshold: float | None = None
@@ -142,7 +147,7 @@ class TrainConfig:
         for name in ('epochs', 'batch_size', 'grad_accum', 'init_steps'):
             self._at_least(name, 1)
         for name in ('workers', 'warmup_epochs', 'lr', 'min_lr', 'momentum', 'weight_decay', 'smoothing', 'mixup',
-                     'cutmix', 're_prob', 'seed'):
+                     'cutmix', 're_prob', 'seed', 'distill_weight'):
             self._at_least(name, 0)
         for name in ('train_images', 'img_size', 'num_classes'):
             if getattr(self, name) is not None:

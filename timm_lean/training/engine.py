@@ -25,6 +25,7 @@ from timm_lean.regularizers import initialize_conv_similarity, parse_regularizer
 from .config import TrainConfig
 from .data import class_names, create_eval_loader, create_train_loader, open_dataset, seed_epoch
 from .device import autocast, check_compiler, start_distributed
+from .distillation import DistilledTask, load_teacher
 from .evaluate import evaluate
 from .log import RunLog
 from .pruning import TrainingPruner
@@ -97,19 +98,24 @@ class Trainer:
         self.mixup = Mixup(
             config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes,
         ) if mixing else None
-        self.task = RegularizedTask(
-            self.model, regularizers, device=device, verbose=False,
+        options: dict[str, Any] = dict(
+            device=device, verbose=False,
             criterion_kwargs=dict(soft_targets=True) if mixing else dict(smoothing=config.smoothing))
+        self.task: RegularizedTask | DistilledTask = DistilledTask(
+            self.model, load_teacher(config.distill), config.distill_weight, size, regularizers, **options,
+        ) if config.distill else RegularizedTask(self.model, regularizers, **options)
+        trainable = self.task.get_trainable_module()
+        assert trainable is not None
         try:
             self.optimizer = create_optimizer_v2(
-                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-                filter_bias_and_bn=not config.decay_all)
+                trainable, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
+                momentum=config.momentum, filter_bias_and_bn=not config.decay_all)
         except (ValueError, TypeError) as e:
             raise LeanError(f'timm cannot create the optimizer {config.opt!r}: {e}') from e
         if config.ema:
             self.task.setup_ema(decay=config.ema_decay, use_warmup=True)
             if self.pruner is not None:
-                self.pruner.follow(self.task.get_trainable_module(ema=True).module)  # type: ignore[union-attr, arg-type]
+                self.pruner.follow(unwrap_model(self.task.get_eval_model(ema=True)))
         self.scaler = NativeScaler(device=device.type) if config.amp == 'fp16' else None
         self.train_loader = create_train_loader(datasets['train'], config, self.data_config, device, rank, world)
         self.eval_loader = create_eval_loader(
@@ -253,7 +259,7 @@ class Trainer:
         trace = initialize_conv_similarity(self.model, self.config.init_steps, progress=show)
         ema = self.task.get_trainable_module(ema=True)
         if ema is not None:
-            ema.set(self.model)  # type: ignore[operator]
+            ema.set(self.task.get_trainable_module())  # type: ignore[operator]
         self._say(f'conv_similarity initialization: {trace[0]:.4g} -> {trace[-1]:.4g} in {len(trace) - 1} steps')
 
     def _resume(self) -> bool:
@@ -262,11 +268,13 @@ class Trainer:
         if state is None:
             self._say(f'{self.directory} has no completed save yet: starting from the beginning.')
             return False
-        self.task.load_checkpoint_state(state['state_dict'])
+        if ('task_state' in state) != bool(self.task.get_task_state()):
+            raise LeanError(f'{self.directory} was trained with another --distill. Resume with the same.')
+        self.task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
         if self.task.has_ema():
             if 'state_dict_ema' not in state:
                 raise LeanError(f'{self.directory} was trained without --ema. Resume without it.')
-            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
+            self.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
         self.optimizer.load_state_dict(state['optimizer'])
         if self.scaler is not None and state['scaler'] is not None:
             self.scaler.load_state_dict(state['scaler'])
