@@ -488,7 +488,7 @@ def test_command_compacts_and_prunes_channels(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(amount=0.5, output='x.pt'), 'ends in .safetensors'), (dict(), 'exactly one'),
+    (dict(amount=0.5, output='x.pt'), 'must end in .safetensors'), (dict(), 'exactly one'),
     (dict(criterion='eigen', amount=0.5), 'Unknown pruning criterion'),
     (dict(granularity='channel', amount=0.5), '--amount belongs to --granularity kernel'),
     (dict(ratio=0.5), '--ratio belongs to --granularity channel')])

@@ -3,6 +3,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet_support import SHARED, batch, predictions_of, scenes_config
+from mmengine.runner import Runner
 
 from timm_lean import LeanError
 from timm_lean.mmdet import load_detector
@@ -70,3 +71,22 @@ def test_command(trained, tmp_path, capsys):
     error = capsys.readouterr().err
     assert '--granularity channel' in error and 'Traceback' not in error
     assert not out.exists()
+
+
+def test_fine_tunes_by_its_own_config(trained, tmp_path):
+    out = tmp_path / 'p.safetensors'
+    pruned = prune_detector(trained, out, ratio=0.5)
+    cfg = scenes_config(tmp_path, SHARED)
+    cfg.model.backbone.checkpoint = cfg.load_from = str(out)
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.custom_hooks = [dict(type='timm_lean.SafetensorsHook')]
+    runner = Runner.from_cfg(cfg)
+    assert runner.model.backbone.out_channels == pruned.backbone.out_channels
+    runner.train()
+    tuned = load_detector(tmp_path / 'run' / 'last.safetensors')
+    assert tuned.backbone.out_channels == pruned.backbone.out_channels
+    assert not torch.equal(tuned.neck.lateral_convs[0].conv.weight, pruned.neck.lateral_convs[0].conv.weight)
+    with pytest.raises(LeanError, match='pruned by channels before'):
+        prune_detector(tmp_path / 'run' / 'last.safetensors', tmp_path / 'q.safetensors')
+    again = prune_detector(out, tmp_path / 'q.safetensors', ratio=0.5, round_to=4, again=True)
+    assert sum(again.backbone.out_channels) < sum(pruned.backbone.out_channels)

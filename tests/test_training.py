@@ -1,5 +1,6 @@
 """The classification engine: what a run writes, how it resumes, and that its parts do what they say."""
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -366,3 +367,23 @@ def test_conv_similarity_initialization_precedes_training_and_reaches_the_ema(tm
                    'module.layer1.0.conv1.weight'] for e in (False, True))
     assert torch.equal(weight, ema)
     assert not torch.equal(weight, before.model.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize('cache', [False, True])
+def test_a_gray_model_is_trained_validated_and_asked_as_it_was_made(cache, tmp_path, capsys):
+    from sklearn.datasets import load_digits
+
+    from timm_lean_cli import main
+    train(TrainConfig(model='resnet20_cifar', model_args={'in_chans': 1}, img_size=8, epochs=1, train_images=200,
+                      batch_size=50, cache=cache, workers=0, device='cpu', output=str(tmp_path / 'run')))
+    checkpoint = tmp_path / 'run' / 'last.safetensors'
+    model = load_model(checkpoint)
+    cfg = model.pretrained_cfg
+    assert model.conv1.in_channels == cfg['input_size'][0] == len(cfg['mean']) == len(cfg['std']) == 1
+    capsys.readouterr()
+    assert main(['validate', str(checkpoint), '--workers', '0', '--json']) == 0
+    with open(tmp_path / 'run' / 'summary.csv') as f:
+        seen = float(list(csv.DictReader(f))[-1]['eval_top1'])
+    assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(seen, abs=0.3)  # cached images are 8-bit
+    Image.fromarray((load_digits().images[0] * 15.9).astype('uint8')).save(tmp_path / 'digit.png')
+    assert main(['predict', str(checkpoint), str(tmp_path / 'digit.png')]) == 0

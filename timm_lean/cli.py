@@ -9,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .errors import LeanError
 
 __all__ = ['run']
@@ -133,8 +135,23 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
+    if _is_detector(Path(args.model)):
+        from .mmdet.prune import prune_detector_command
+        prune_detector_command(args)
+        return
     from .pruning.command import prune_command
     prune_command(args)
+
+
+def _is_detector(path: Path) -> bool:
+    """Whether this is a detector's folder or checkpoint; MMDetection is not imported to tell."""
+    if path.is_dir():
+        return (path / 'config.py').is_file()
+    try:
+        with safe_open(path, framework='pt') as f:
+            return 'timm_lean_detector' in (f.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False  # whoever reads it as a network says what is wrong
 
 
 def _share(args: argparse.Namespace) -> None:
@@ -158,7 +175,7 @@ def _predict(args: argparse.Namespace) -> None:
     from .training.predict import predict
     if args.top < 1:
         raise LeanError(f'--top must be at least 1, got {args.top}.')
-    if (Path(args.model) / 'config.py').is_file():
+    if _is_detector(Path(args.model)):
         _detect(args)
         return
     model = load_any(args.model)

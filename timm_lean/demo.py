@@ -7,7 +7,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
 
 from .checkpoint import load_model, save_hf_dir, save_model
@@ -17,7 +16,7 @@ from .fileio import atomic_file, writable_dir
 from .report import ModelReport, format_table, model_reports
 from .training import TrainConfig, train
 from .training.config import load_yaml
-from .training.data import create_eval_loader, open_dataset
+from .training.data import create_eval_loader, model_data_config, open_dataset
 
 __all__ = ['demo']
 
@@ -78,7 +77,7 @@ def demo(output: Path, epochs: int = 8) -> None:
 
 def _eval_images(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """All evaluation images `[N, 3, H, W]` as the model wants them, and their classes `[N]`."""
-    config = resolve_data_config({}, model=model)
+    config = model_data_config(model)
     dataset = open_dataset('digits', None, 'eval', img_size=config['input_size'][-1])
     loader: DataLoader[Any] = create_eval_loader(dataset, config, len(dataset), torch.device('cpu'), workers=0)
     x, target = next(iter(loader))
@@ -106,7 +105,7 @@ def _draw(
     """A row of digits with their predictions above bars of the comparison."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    config = resolve_data_config({}, model=model)
+    config = model_data_config(model)
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     figure = Figure(figsize=(10, 4.5), layout='constrained')
     FigureCanvasAgg(figure)

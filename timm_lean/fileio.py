@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import LeanError
 
-__all__ = ['atomic_dir', 'atomic_file', 'writable_dir']
+__all__ = ['atomic_dir', 'atomic_file', 'output_file', 'writable_dir']
 
 
 @contextmanager
@@ -46,6 +46,26 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             os.replace(file, path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def output_file(path: str | Path, suffix: str, option: str = '-o') -> Path:
+    """Check the name and the folder of a file to be written, before the work of making it.
+
+    Args:
+        path: The file.
+        suffix: What its name must end in.
+        option: The command line option it was given by, for messages.
+
+    Raises:
+        LeanError: Another ending, a folder, or a place where files cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise LeanError(f'{option} {path}: the name must end in {suffix}.')
+    if path.is_dir():
+        raise LeanError(f'{option} {path} is a folder; give the name of a file.')
+    writable_dir(path.parent)
+    return path
 
 
 def writable_dir(path: str | Path) -> Path:

@@ -41,6 +41,14 @@ class Recipe:
             return self.architecture, self.model_args
         return LEAN_ENTRY, {**self.model_args, 'base': self.architecture, 'recipe': self.steps}
 
+    @classmethod
+    def from_create_args(cls, name: str, args: dict[str, Any]) -> 'Recipe':
+        """The recipe whose `create_args` these are."""
+        if name != LEAN_ENTRY or not args.get('base'):
+            return cls(name, args)
+        rest = {k: v for k, v in args.items() if k not in ('base', 'recipe')}
+        return cls(args['base'], rest, list(args.get('recipe') or []))
+
 
 def register_step(op: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Decorator: make a function `(model, **arguments) -> model` available as the structural step `op`.

@@ -8,8 +8,7 @@ from timm.models import get_model_input_config
 
 from .checkpoint import load_any, save_model
 from .errors import LeanError
-from .fileio import writable_dir
-from .pruning.command import _accuracy
+from .fileio import output_file
 from .sharing import share
 
 __all__ = ['share_command']
@@ -26,9 +25,7 @@ def share_command(args: argparse.Namespace) -> None:
     Raises:
         LeanError: Options that cannot be met, or a model without convolutions to share.
     """
-    output = Path(args.output)
-    if output.suffix != '.safetensors':
-        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    output = output_file(args.output, '.safetensors')
     has_data = bool(args.data or args.data_dir)
     if args.finetune_epochs and not has_data:
         raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
@@ -36,7 +33,6 @@ def share_command(args: argparse.Namespace) -> None:
         raise LeanError(f'--finetune-epochs must be at least 0, got {args.finetune_epochs}.')
     if args.distill and not args.finetune_epochs:
         raise LeanError('--distill is a way of fine-tuning: it needs --finetune-epochs.')
-    writable_dir(output.parent)
     model = load_any(args.model).eval()
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     new = share(
@@ -45,12 +41,16 @@ def share_command(args: argparse.Namespace) -> None:
     print(new.share_report)
     save_model(new, output)
     if has_data:
-        print(f'top-1 before     {_accuracy(model, args):.2f} %')
-        print(f'top-1 converted  {_accuracy(new, args):.2f} %', flush=True)
+        from .training.device import resolve_device
+        from .training.evaluate import evaluate_source
+        for title, net in (('before', model), ('converted', new)):
+            top1 = evaluate_source(args.model, net, args.data, args.data_dir, args.img_size, args.batch_size,
+                                   resolve_device(args.device), args.workers)['top1']
+            print(f'top-1 {title:10} {top1:.2f} %', flush=True)
     if args.finetune_epochs:
         from .training.finetune import finetune
         keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
-        settings = {k: getattr(args, k) for k in keys if getattr(args, k) is not None}
+        settings = {k: getattr(args, k) for k in keys}
         with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
             if args.distill:
                 settings['distill'] = str(Path(folder) / 'original.safetensors')

@@ -9,9 +9,11 @@ import importlib
 import sys
 from pathlib import Path
 
+from timm_lean import LeanError
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-# each with `main(argv) -> exit code`
+# each with `parser()` and `run(args) -> text`
 EXPERIMENTS = {
     'conv-similarity': 'reproduce_conv_similarity', 'eigen-pruning': 'reproduce_pruning', 'depth': 'reproduce_depth',
     'sharing': 'reproduce_sharing'}
@@ -21,7 +23,15 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
         print(__doc__.strip(), file=sys.stderr)
         return 0 if sys.argv[1:] in (['-h'], ['--help']) else 2
-    return importlib.import_module(EXPERIMENTS[sys.argv[1]]).main(sys.argv[2:])
+    name = sys.argv[1]
+    experiment = importlib.import_module(EXPERIMENTS[name])
+    args = experiment.parser().parse_args(sys.argv[2:])
+    try:
+        print(experiment.run(args))
+    except LeanError as e:
+        print(f'reproduce {name}: {e}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':

@@ -115,8 +115,8 @@ def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor,
     return 100 * right / len(labels)
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every method with every seed; one dict per run, as `train_one` returns it."""
+def run(args: argparse.Namespace) -> str:
+    """Train every method with every seed; a Markdown table."""
     torch.set_num_threads(args.threads)
     folder = Path(args.data_dir)
     data = {
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f'seed {seed} {method}: {rows[-1]["accuracy"]:.2f} %', flush=True)
             if args.output:
                 Path(args.output).write_text(json.dumps({'args': vars(args), 'rows': rows}, indent=1) + '\n')
-    return rows
+    return format_rows(rows, args.target)
 
 
 def format_rows(rows: Sequence[dict[str, Any]], target: float) -> str:
@@ -175,18 +175,3 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
     p.add_argument('--output', help='write all runs to this JSON file')
     return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        rows = run(args)
-    except LeanError as e:
-        print(f'error: {e}')
-        return 2
-    print(format_rows(rows, args.target))
-    return 0
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

@@ -8,50 +8,42 @@ Measures the training images' entropy, takes the bound, trains the sweep and pri
 `timm-lean depth --verify` with these defaults.
 """
 import argparse
-import sys
-from collections.abc import Sequence
 
 from timm_lean.depth.bound import DEFAULT_RULE, depth_bound
 from timm_lean.depth.command import open_training_images
 from timm_lean.depth.entropy import dataset_entropy
 from timm_lean.depth.verify import verify_command
-from timm_lean.errors import LeanError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='reproduce depth', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data-dir', help='folder with train/ and val/ or test/ (default: the embedded digits)')
-    parser.add_argument('--family', default='resnet')
-    parser.add_argument('--rule', default=DEFAULT_RULE)
-    parser.add_argument('--budget', default='100k', help='cost of every network, e.g. 850k or macs=40M')
-    parser.add_argument('--img-size', type=int, help='default: the median size of the images, 16 for the digits')
-    parser.add_argument('--depths', type=int, nargs='+')
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--epochs', type=int, default=15)
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--lr', type=float, default=0.05)
-    parser.add_argument('--hflip', type=float)
-    parser.add_argument('--train-images', type=int)
-    parser.add_argument('--workers', type=int, default=2)
-    parser.add_argument('--device', default='auto')
-    parser.add_argument('--output', default='output/depth')
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> str:
+    """Measure, take the bound, train the sweep; its tables."""
     args.data = 'folder' if args.data_dir else 'digits'
-    try:
-        data, num_classes = open_training_images(args.data, args.data_dir)
-        entropy = dataset_entropy(data, workers=args.workers if args.data_dir else 0, progress=True)
-        size = args.img_size or (min(entropy.image_size) if args.data_dir else 16)
-        classes = num_classes or 10
-        bound = depth_bound(entropy, size, entropy.channels, classes, args.rule)
-        print(f'{entropy.bits:.4f} bits ({entropy.nats:.4f} nats) over {entropy.count:,} images; {size} px: '
-              f'bound {bound}')
-        print(verify_command(args, bound, size, classes)['text'])
-    except LeanError as e:
-        print(f'reproduce depth: {e}', file=sys.stderr)
-        return 2
-    return 0
+    data, num_classes = open_training_images(args.data, args.data_dir)
+    entropy = dataset_entropy(data, workers=args.workers if args.data_dir else 0, progress=True)
+    size = args.img_size or (min(entropy.image_size) if args.data_dir else 16)
+    classes = num_classes or 10
+    bound = depth_bound(entropy, size, entropy.channels, classes, args.rule)
+    print(f'{entropy.bits:.4f} bits ({entropy.nats:.4f} nats) over {entropy.count:,} images; {size} px: '
+          f'bound {bound}')
+    return verify_command(args, bound, size, classes)['text']
 
 
-if __name__ == '__main__':
-    sys.exit(main())
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog='reproduce depth', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data-dir', help='folder with train/ and val/ or test/ (default: the embedded digits)')
+    p.add_argument('--family', default='resnet')
+    p.add_argument('--rule', default=DEFAULT_RULE)
+    p.add_argument('--budget', default='100k', help='cost of every network, e.g. 850k or macs=40M')
+    p.add_argument('--img-size', type=int, help='default: the median size of the images, 16 for the digits')
+    p.add_argument('--depths', type=int, nargs='+')
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--epochs', type=int, default=15)
+    p.add_argument('--batch-size', type=int, default=64)
+    p.add_argument('--lr', type=float, default=0.05)
+    p.add_argument('--hflip', type=float)
+    p.add_argument('--train-images', type=int)
+    p.add_argument('--workers', type=int, default=2)
+    p.add_argument('--device', default='auto')
+    p.add_argument('--output', default='output/depth')
+    return p

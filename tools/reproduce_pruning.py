@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import resolve_data_config
-
 import timm_lean
-from timm_lean import LeanError
 from timm_lean.pruning import CRITERIA, KernelPruner
 from timm_lean.training import TrainConfig, train
-from timm_lean.training.data import create_eval_loader, open_dataset
+from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 from timm_lean.training.device import resolve_device
 from timm_lean.training.evaluate import evaluate
 
@@ -31,8 +28,8 @@ PAPER = {
 }
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train (or load `--checkpoint`), then prune by every criterion; one dict per criterion."""
+def run(args: argparse.Namespace) -> str:
+    """Train (or load `--checkpoint`), then prune by every criterion; a Markdown table."""
     checkpoint = args.checkpoint
     if not checkpoint:
         result = train(TrainConfig(
@@ -43,7 +40,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         checkpoint = f'{result["output"]}/last.safetensors'
     device = resolve_device(args.device)
     model = timm_lean.load_model(checkpoint).to(device)
-    config = resolve_data_config({}, model=model)
+    config = model_data_config(model)
     loader = create_eval_loader(
         open_dataset('folder', args.data_dir, 'eval', 3, config['input_size'][-1]), config, 250, device, cache=True)
     before = evaluate(model, loader, device)['top1']
@@ -54,7 +51,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({
             'model': args.model, 'criterion': criterion, 'pruned': 100 * report.share, 'before': before,
             'after': evaluate(pruned, loader, device)['top1'], 'paper': PAPER.get(args.model, {}).get(criterion)})
-    return rows
+    if args.output:
+        Path(args.output).write_text(json.dumps({'args': vars(args), 'rows': rows}, indent=1) + '\n')
+    return format_rows(rows)
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -85,20 +84,3 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--device', default='auto')
     p.add_argument('--output', metavar='FILE', help='also write the rows as JSON')
     return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        rows = run(args)
-    except LeanError as e:
-        print(f'error: {e}')
-        return 2
-    print(format_rows(rows))
-    if args.output:
-        Path(args.output).write_text(json.dumps({'args': vars(args), 'rows': rows}, indent=1) + '\n')
-    return 0
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

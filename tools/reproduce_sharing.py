@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 
-from timm_lean import LeanError, load_model, save_model, share
+from timm_lean import load_model, save_model, share
 from timm_lean.checkpoint import load_any
 from timm_lean.export.fold import to_dense
 from timm_lean.layers import SharedBasisConv2d
@@ -33,7 +32,7 @@ from timm_lean.pruning import prune_channels
 from timm_lean.recipe import build, recipe_of
 from timm_lean.report import count_macs, count_params
 from timm_lean.training import TrainConfig, train
-from timm_lean.training.data import create_eval_loader, open_dataset
+from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 from timm_lean.training.device import resolve_device
 from timm_lean.training.evaluate import evaluate
 from timm_lean.training.finetune import finetune
@@ -62,7 +61,7 @@ class Experiment:
         if not dense_file.is_file():
             self.train('dense', args.model, args.epochs)
         dense = load_model(dense_file)
-        x = torch.zeros(1, *resolve_data_config({}, model=dense)['input_size'])
+        x = torch.zeros(1, *model_data_config(dense)['input_size'])
         size = count_params(dense), count_macs(dense, x.shape)
         self.row('dense', 1., lambda: dense, None)
         for target in args.params:
@@ -87,7 +86,7 @@ class Experiment:
             return
         args, start = self.args, time.perf_counter()
         model = make()
-        x = torch.zeros(1, *resolve_data_config({}, model=model)['input_size'])
+        x = torch.zeros(1, *model_data_config(model)['input_size'])
         row = {'way': way, 'target': target, 'params': count_params(model), 'macs': cheapest_macs(model, x),
                'macs_unfolded': count_macs(model, x.shape)}
         file = self.folder / f'{way.strip("= ")}-{target:g}.safetensors'
@@ -116,7 +115,7 @@ class Experiment:
     def accuracy(self, model: nn.Module) -> float:
         device = resolve_device(self.args.device)
         if self.loader is None:
-            config = resolve_data_config({}, model=model)
+            config = model_data_config(model)
             dataset = open_dataset('folder', self.args.data_dir, 'eval', 3, config['input_size'][-1])
             self.loader = create_eval_loader(dataset, config, 250, device, cache=True)
         return evaluate(copy.deepcopy(model).to(device), self.loader, device)['top1']
@@ -169,6 +168,12 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def run(args: argparse.Namespace) -> str:
+    """Do what is not done yet; a Markdown table."""
+    load_any(args.model)  # a wrong name is an error before anything is written
+    return format_rows(Experiment(args).run())
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog='reproduce sharing', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,19 +190,3 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--device', default='auto')
     p.add_argument('--run', default='output/sharing', metavar='DIR', help='folder (default output/sharing)')
     return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        load_any(args.model)
-        rows = Experiment(args).run()
-    except LeanError as e:
-        print(f'error: {e}')
-        return 2
-    print(format_rows(rows))
-    return 0
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

@@ -87,8 +87,6 @@ def depth_command(args: argparse.Namespace) -> None:
     if num_classes is None:
         num_classes = getattr(load_any(baseline), 'num_classes', 0) or 1
     bound = depth_bound(entropy, size, channels, num_classes, args.rule)
-    if args.write_config:
-        channels = 3  # training reads gray images as RGB: the models' data config says 3 channels whatever in_chans is
     rows = suggest(args.family, bound, baseline, args.budget, num_classes, size, channels,
                    0 if args.no_step_time else args.batch_size, device)
     if args.write_config:

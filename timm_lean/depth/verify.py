@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 
 from timm_lean.checkpoint import load_model
 from timm_lean.errors import LeanError, PackageMissingError
 from timm_lean.fileio import atomic_file, writable_dir
 from timm_lean.report import count_params
 from timm_lean.training import TrainConfig, train
-from timm_lean.training.data import create_eval_loader, open_dataset
+from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 
 from .conv_depth import conv_depth
 from .family import Budget, bounded_model, default_baseline, describe_member
@@ -116,7 +115,7 @@ def run_sweep(sweep: Sweep) -> list[Run]:
 
 def _ratios(checkpoint: Path, config: TrainConfig) -> dict[str, float]:
     model = load_model(checkpoint)
-    data_config = resolve_data_config({}, model=model)
+    data_config = model_data_config(model)
     dataset = open_dataset(config.data, config.data_dir, 'eval', img_size=data_config['input_size'][-1],
                            limit=_IDENTITY_IMAGES)
     try:

@@ -8,7 +8,7 @@ from timm.models import get_model_input_config
 
 from ..checkpoint import load_any, load_model, save_hf_dir, save_model
 from ..errors import LeanError
-from ..fileio import writable_dir
+from ..fileio import output_file
 from ..report import count_params, human_bytes, measure_latency
 from ..training.data import open_eval_loader
 from ..training.device import resolve_device
@@ -66,21 +66,14 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.hf_dir or args.output or args.onnx or args.torch_export):
         raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '
                         '--det-dir DIR for a detector.')
-    if args.output and Path(args.output).suffix != '.safetensors':
-        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
-    if args.onnx and Path(args.onnx).suffix != '.onnx':
-        raise LeanError(f'--onnx {args.onnx}: the name must end in .onnx.')
-    if args.torch_export and Path(args.torch_export).suffix != '.pt2':
-        raise LeanError(f'--torch-export {args.torch_export}: the name must end in .pt2.')
+    for option, path, suffix in (('-o', args.output, '.safetensors'), ('--onnx', args.onnx, '.onnx'),
+                                 ('--torch-export', args.torch_export, '.pt2')):
+        if path:
+            output_file(path, suffix, option)
     if args.half and not (args.output or args.hf_dir):
         raise LeanError('--half is for -o FILE and --hf-dir DIR; give one of them.')
     if args.onnx:
         check_onnx_installed()
-    for path in (args.output, args.onnx, args.torch_export):
-        if path and Path(path).is_dir():
-            raise LeanError(f'{path} is a folder; give the name of a file.')
-        if path:
-            writable_dir(Path(path).parent)
 
 
 def _table(rows: list[tuple[str, int | None, nn.Module, torch.device]], shape: tuple[int, ...]) -> str:

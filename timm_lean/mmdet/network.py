@@ -127,13 +127,13 @@ def _source(
         if weights.recipe is None:
             if not model_name:
                 raise LeanError(f'{checkpoint} does not say which network it holds. Give model_name as well.')
-            return Recipe(model_name, args), weights
-        recipe = weights.recipe
-        if model_name and model_name.split('.')[0] != recipe.architecture.split('.')[0]:
+            return Recipe.from_create_args(model_name, args), weights
+        recipe, given = weights.recipe, Recipe.from_create_args(model_name, args)
+        if model_name and given.architecture.split('.')[0] != recipe.architecture.split('.')[0]:
             raise CheckpointError(
                 f'{checkpoint} holds a {recipe.architecture!r}, but model_name is {model_name!r}. Leave model_name '
                 'out, or give another checkpoint.')
-        return Recipe(recipe.architecture, {**recipe.model_args, **args}, recipe.steps), weights
+        return Recipe(recipe.architecture, {**recipe.model_args, **given.model_args}, recipe.steps), weights
     if not isinstance(model_name, str) or not model_name:
         raise LeanError("TimmBackbone needs model_name='...' (see timm.list_models() and `timm-lean models`) or "
                         'checkpoint=FILE.')
@@ -141,7 +141,7 @@ def _source(
         model = load_any(model_name, **args)
         recipe = recipe_of(model)
         return recipe, Weights(model_name, dict(model.state_dict()), recipe)
-    return Recipe(model_name, args), None
+    return Recipe.from_create_args(model_name, args), None
 
 
 def _on_meta(recipe: Recipe) -> nn.Module:

@@ -6,7 +6,9 @@ numbers.
 
 Limits: a feature level must end in a batch norm of its own channels (ResNet, MobileNet, RegNet kinds; not DenseNet).
 """
+import argparse
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,36 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import CheckpointError, LeanError
+from timm_lean.fileio import output_file
 from timm_lean.pruning import prune_channels
-from timm_lean.recipe import LEAN_ENTRY, Recipe, build
+from timm_lean.pruning.command import channel_options
+from timm_lean.pruning.spectral import check_criterion
+from timm_lean.recipe import Recipe, build
 
 from .backbone import TimmBackbone
 from .channels import AUTO
 from .detector import build_detector, describe, load_detector, save_detector
 from .network import feature_levels, flat_name
 
-__all__ = ['prune_detector']
+__all__ = ['prune_detector', 'prune_detector_command']
+
+
+def prune_detector_command(args: argparse.Namespace) -> None:
+    """Run `timm-lean prune` on a detector; `args` as for classification, see `pruning.command`.
+
+    Raises:
+        LeanError: Options for classification, or a detector that cannot be pruned so.
+    """
+    if args.granularity != 'channel':
+        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
+                        'trains, by KernelPruningHook.')
+    if args.data or args.data_dir or args.finetune_epochs:
+        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
+                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
+    output = output_file(args.output, '.safetensors')
+    model: Any = prune_detector(
+        args.model, output, check_criterion(args.criterion), again=args.again, **channel_options(args))
+    print(model.channel_report)
 
 
 def prune_detector(
@@ -50,7 +73,9 @@ def prune_detector(
     if not isinstance(old.backbone, TimmBackbone):
         raise LeanError(
             f'{source}: the backbone is a {type(old.backbone).__name__}, only a TimmBackbone can be pruned.')
-    recipe = _recipe(old.backbone)
+    if not getattr(old, 'with_neck', False):
+        raise LeanError(f'{source}: the detector has no neck between backbone and heads; it cannot be pruned.')
+    recipe = Recipe(old.backbone.recipe.architecture, old.backbone.recipe.model_args, old.backbone.steps)
     if any(step['op'] == 'resize' for step in recipe.steps) and not again:
         raise LeanError(f'{source} has been pruned by channels before. If pruning it again is meant, say --again.')
     full = build(recipe).eval()
@@ -73,6 +98,7 @@ def prune_detector(
     new: Any = build_detector(cfg)
     _copy_weights(pruned, new.backbone.net)
     levels = [_kept_of_level(pruned, kept, level, str(source)) for level in old.backbone.out_indices]
+    readers = _readers(old, image_size)
     state, tensors = old.state_dict(), {}
     for key, value in new.state_dict().items():
         if key.startswith('backbone.'):
@@ -80,20 +106,19 @@ def prune_detector(
         elif key not in state:
             raise LeanError(f'{source}: {key} appears only after pruning; this detector cannot be pruned.')
         else:
-            tensors[key] = _cut(state[key], value, key, old.backbone.out_channels, levels)
+            reader = key.rpartition('.')[0]
+            cut = state[key]
+            if reader in readers and cut.ndim > 1:
+                cut = cut[:, levels[readers[reader]]]
+            if cut.shape != value.shape:
+                raise LeanError(f'{source}: {key} {list(state[key].shape)} cannot be cut to {list(value.shape)}; this '
+                                'detector cannot be pruned.')
+            tensors[key] = cut
     new.load_state_dict(tensors)
     new.cfg, new.dataset_meta = cfg, old.dataset_meta
     save_detector(new, output, describe(cfg, new, old.dataset_meta))
     new.channel_report = pruned.channel_report
     return new.eval()
-
-
-def _recipe(backbone: TimmBackbone) -> Recipe:
-    recipe, steps = backbone.recipe, list(backbone.steps)
-    if recipe.architecture != LEAN_ENTRY:
-        return Recipe(recipe.architecture, recipe.model_args, steps)
-    args = {k: v for k, v in recipe.model_args.items() if k not in ('base', 'recipe')}
-    return Recipe(recipe.model_args['base'], args, [*recipe.model_args['recipe'], *steps])
 
 
 def _norms(model: nn.Module) -> list[tuple[str, Any]]:
@@ -129,12 +154,27 @@ def _kept_of_level(model: nn.Module, kept: dict[str, torch.Tensor], level: int, 
     return found[-1]
 
 
-def _cut(old: torch.Tensor, new: torch.Tensor, key: str, channels: list[int], kept: list[torch.Tensor]) -> torch.Tensor:
-    if old.shape == new.shape:
-        return old
-    fits = [k for n, k in zip(channels, kept, strict=True)
-            if old.ndim > 1 and (n, len(k)) == (old.shape[1], new.shape[1])]
-    if not fits or any(not torch.equal(fits[0], k) for k in fits) or old[:, fits[0]].shape != new.shape:
-        raise LeanError(f'{key} {list(old.shape)} cannot be cut to {list(new.shape)}: its input is no '
-                        'single level of the backbone.')
-    return old[:, fits[0]]
+@torch.no_grad()
+def _readers(detector: Any, image_size: int) -> dict[str, int]:
+    """Which of the backbone's outputs each module of the neck reads, by module name."""
+    features: tuple[torch.Tensor, ...] = ()
+    readers: dict[str, int] = {}
+
+    def keep(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        nonlocal features
+        features = output
+
+    def look(module: nn.Module, args: Any, name: str) -> None:
+        for level, feature in enumerate(features):
+            if args and args[0] is feature:
+                readers[name] = level
+
+    handles = [detector.backbone.register_forward_hook(keep)]
+    handles += [module.register_forward_pre_hook(partial(look, name=f'neck.{name}'))
+                for name, module in detector.neck.named_modules()]
+    try:
+        detector.extract_feat(torch.zeros(1, 3, image_size, image_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers

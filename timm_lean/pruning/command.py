@@ -5,19 +5,18 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from timm.models import get_model_input_config
 
 from timm_lean.checkpoint import load_any, save_model
 from timm_lean.errors import LeanError
-from timm_lean.fileio import writable_dir
+from timm_lean.fileio import output_file
 from timm_lean.report import count_macs, count_params, human_bytes, human_count
 
 from .kernels import KernelPruner
 from .report import live_kernels, plot_report
 from .spectral import check_criterion
 
-__all__ = ['analyze_command', 'prune_command']
+__all__ = ['analyze_command', 'channel_options', 'prune_command']
 
 
 def prune_command(args: argparse.Namespace) -> None:
@@ -33,16 +32,10 @@ def prune_command(args: argparse.Namespace) -> None:
         LeanError: Options that contradict each other, or a model that cannot be pruned so.
     """
     option = vars(args).get
-    output = Path(args.output)
-    if output.suffix != '.safetensors':
-        raise LeanError(f'-o {args.output}: the name of a checkpoint ends in .safetensors.')
+    output = output_file(args.output, '.safetensors')
     criterion = check_criterion(option('criterion') or 'spectral_norm')
     granularity = option('granularity') or 'kernel'
     _check_options(args, granularity)
-    writable_dir(output.parent)
-    if _is_detector(Path(args.model)):
-        _prune_detector(args, criterion, granularity)
-        return
     model = load_any(args.model).eval()
     x = torch.zeros(1, *get_model_input_config(model)['input_size'])
     before = _figures(model, x, args, Path(args.model))
@@ -65,10 +58,7 @@ def prune_command(args: argparse.Namespace) -> None:
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
         from .channels import prune_channels
-        model = prune_channels(
-            model, x, criterion, 0.5 if option('ratio') is None else args.ratio,
-            global_pruning=bool(option('global_pruning')), round_to=option('round_to') or 8,
-            ignored_layers=option('ignore') or ())
+        model = prune_channels(model, x, criterion, **channel_options(args))
         print(model.channel_report)
     save_model(model, output)
     columns = {'before': before, 'pruned': _figures(model, x, args, output)}
@@ -79,34 +69,6 @@ def prune_command(args: argparse.Namespace) -> None:
                  {k: option(k) for k in keys if option(k) is not None})
         columns['fine-tuned'] = _figures(load_any(str(output)).eval(), x, args, output)
     _print_figures(columns)
-
-
-def _is_detector(path: Path) -> bool:
-    if path.is_dir():
-        return (path / 'config.py').is_file() and (path / 'model.safetensors').is_file()
-    if path.suffix != '.safetensors' or not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework='pt') as f:
-            return 'timm_lean_detector' in (f.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        return False  # whoever reads it as a network says what is wrong
-
-
-def _prune_detector(args: argparse.Namespace, criterion: str, granularity: str) -> None:
-    option = vars(args).get
-    if granularity != 'channel':
-        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
-                        'trains, by KernelPruningHook.')
-    if _has_data(args) or option('finetune_epochs'):
-        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
-                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE.')
-    from timm_lean.mmdet.prune import prune_detector
-    model = prune_detector(
-        args.model, args.output, criterion, 0.5 if option('ratio') is None else args.ratio,
-        again=bool(option('again')), global_pruning=bool(option('global_pruning')),
-        round_to=option('round_to') or 8, ignored_layers=option('ignore') or ())
-    print(model.channel_report)
 
 
 def _check_options(args: argparse.Namespace, granularity: str) -> None:
@@ -121,6 +83,14 @@ def _check_options(args: argparse.Namespace, granularity: str) -> None:
             wrong = [f'--{n.replace("_", "-")}' for n in names if vars(args).get(n) not in (None, False)]
             if wrong:
                 raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {granularity}.')
+
+
+def channel_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that channel pruning takes, by the names of `prune_channels`."""
+    option = vars(args).get
+    return dict(
+        ratio=0.5 if option('ratio') is None else args.ratio, global_pruning=bool(option('global_pruning')),
+        round_to=option('round_to') or 8, ignored_layers=option('ignore') or ())
 
 
 def _figures(model: nn.Module, x: torch.Tensor, args: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -142,17 +112,14 @@ def _has_data(args: argparse.Namespace) -> bool:
 
 
 def _accuracy(model: nn.Module, args: argparse.Namespace) -> float:
-    from timm_lean.training.data import open_eval_loader
     from timm_lean.training.device import resolve_device
-    from timm_lean.training.evaluate import evaluate
+    from timm_lean.training.evaluate import evaluate_source
     option = vars(args).get
-    device = resolve_device(option('device') or 'auto')
-    loader = open_eval_loader(
-        model, option('data') or '', option('data_dir'), option('img_size'), option('batch_size') or 128, device,
-        option('workers') or 0)
-    top1 = evaluate(model.to(device), loader, device)['top1']
+    metrics = evaluate_source(
+        args.model, model, option('data') or '', option('data_dir'), option('img_size'), option('batch_size') or 128,
+        resolve_device(option('device') or 'auto'), option('workers') or 0)
     model.cpu()
-    return top1
+    return metrics['top1']
 
 
 def _print_figures(columns: dict[str, dict[str, Any]]) -> None:

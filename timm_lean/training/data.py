@@ -1,6 +1,7 @@
 """Images for training and evaluation: image folders by timm, scikit-learn's digits, and a cache on the device."""
 import math
 import random
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.data.transforms import ToNumpy
+from timm.models import get_model_input_config
 from torch.utils.data import Dataset
 from torchvision import transforms
 
@@ -21,8 +23,8 @@ from timm_lean.errors import LeanError
 from .config import TrainConfig
 
 __all__ = [
-    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'open_dataset',
-    'open_eval_loader',
+    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'model_data_config',
+    'open_dataset', 'open_eval_loader',
 ]
 
 CROP_PADDING = 4  # pixels, as in the CIFAR recipes
@@ -190,6 +192,21 @@ def create_eval_loader(
         pin_memory=device.type == 'cuda', persistent_workers=False)
 
 
+def model_data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
+    """How a model wants its images: timm's `resolve_data_config`, with the channels that the model really has.
+
+    Args:
+        model: A timm model, possibly made with `in_chans`.
+        img_size: Instead of the model's, in pixels.
+    """
+    channels, *size = get_model_input_config(model)['input_size']
+    config = resolve_data_config({'input_size': (channels, *((img_size, img_size) if img_size else size))}, model=model)
+    for name in ('mean', 'std'):
+        if len(config[name]) != channels:  # as timm's loaders do it
+            config[name] = (statistics.mean(config[name]),) * channels
+    return config
+
+
 def open_eval_loader(
         model: nn.Module,
         data: str,
@@ -210,7 +227,7 @@ def open_eval_loader(
         device: Where the batches go.
         workers: Data loading processes.
     """
-    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
+    config = model_data_config(model, img_size)
     data = data or ('folder' if data_dir else 'digits')
     dataset = open_dataset(data, data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
     return create_eval_loader(dataset, config, batch_size, device, workers)
@@ -247,8 +264,8 @@ class CachedLoader:
         decoded = [dataset[i] for i in range(len(dataset))]
         self.images = torch.from_numpy(np.stack([image for image, _ in decoded])).to(device)
         self.targets = torch.tensor([target for _, target in decoded], device=device)
-        self.mean = torch.tensor(data_config['mean'], device=device).mul(255).view(1, -1, 1, 1)[:, :channels]
-        self.std = torch.tensor(data_config['std'], device=device).mul(255).view(1, -1, 1, 1)[:, :channels]
+        self.mean = torch.tensor(data_config['mean'], device=device).mul(255).view(1, -1, 1, 1)
+        self.std = torch.tensor(data_config['std'], device=device).mul(255).view(1, -1, 1, 1)
         self.batch_size, self.padding, self.hflip, self.shuffle = batch_size, padding, hflip, shuffle
         self.rank, self.world = rank, world
 

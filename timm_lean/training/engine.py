@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import yaml
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
@@ -23,12 +23,12 @@ from timm_lean.recipe import recipe_of
 from timm_lean.regularizers import initialize_conv_similarity, parse_regularizer
 
 from .config import TrainConfig
-from .data import class_names, create_eval_loader, create_train_loader, open_dataset, seed_epoch
+from .data import class_names, create_eval_loader, create_train_loader, model_data_config, open_dataset, seed_epoch
 from .device import autocast, check_compiler, start_distributed
 from .distillation import DistilledTask, load_teacher
 from .evaluate import evaluate
 from .log import RunLog
-from .pruning import TrainingPruner
+from .pruning import create_pruner
 from .state import RESUME_FILE, load_state, save_state
 from .task import RegularizedTask
 
@@ -72,8 +72,7 @@ class Trainer:
         seed_epoch(config.seed, 0)
 
         model = load_any(config.model, num_classes=config.num_classes, **config.model_args)
-        self.data_config = resolve_data_config(
-            {'img_size': config.img_size} if config.img_size else {}, model=model)
+        self.data_config = model_data_config(model, config.img_size)
         in_chans, size = self.data_config['input_size'][0], self.data_config['input_size'][-1]
         datasets = {
             split: open_dataset(config.data, config.data_dir, split, in_chans, size, limit=limit)
@@ -89,7 +88,7 @@ class Trainer:
         for regularizer in regularizers:
             regularizer.raw(model)  # fails before anything is written if the model has nothing to act on
 
-        self.pruner = TrainingPruner.of(model, config)
+        self.pruner = create_pruner(model, config)
         self.model = model.to(device).train()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -192,7 +191,7 @@ class Trainer:
                         'img/s': f'{images * self.world / (time.perf_counter() - start):.0f}'}, refresh=False)
                 bar.update()
         seconds = time.perf_counter() - start
-        pruned = {} if self.pruner is None else {'pruned': 100 * self.pruner.share}
+        pruned = {} if self.pruner is None else {'pruned': 100 * self.pruner.report.share}
         return {
             'lr': self.optimizer.param_groups[0]['lr'],
             **{f'train_{name}': value.item() / steps for name, value in sums.items()},
@@ -211,7 +210,8 @@ class Trainer:
             x, target = self.mixup(x, target)
         for regularizer in task.regularizers:
             regularizer.set_progress(self.updates / (self.updates_per_epoch * config.epochs))
-        if self.pruner is not None and self.pruner.set_progress(self.updates, self.updates_per_epoch):
+        progress = self.updates if config.prune_steps else self.updates / self.updates_per_epoch
+        if self.pruner is not None and self.pruner.set_progress(progress):
             self.best = {'top1': -1., 'epoch': 0.}  # the best network is one that is as small as this one
         with contextlib.nullcontext() if update else task.no_sync():
             with autocast(self.device, config.amp):

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 
 from timm_lean.errors import LeanError
+
+from .data import model_data_config
 
 __all__ = ['predict']
 
@@ -31,7 +33,7 @@ def predict(model: nn.Module, images: Sequence[str], device: torch.device, top: 
     if not getattr(model, 'num_classes', 0):
         raise LeanError('The model has no classifier (num_classes=0), so it cannot name classes.')
     model = model.to(device).eval()
-    config = resolve_data_config({}, model=model)
+    config = model_data_config(model)
     transform = create_transform(**{k: config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     names = cfg.get('label_names') or [str(i) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
