@@ -27,6 +27,7 @@ from timm_lean.depth import (
 )
 from timm_lean.depth import bound as bound_module
 from timm_lean.depth.command import depth_command
+from timm_lean.depth.conv_depth import module_depths
 from timm_lean.depth.family import FAMILIES, default_baseline, describe_member
 from timm_lean.depth.identity import identity_ratios, near_identity_share
 from timm_lean.depth.steptime import measure_steps
@@ -122,6 +123,13 @@ def test_conv_depth_of_graphs_counted_by_hand():
 
     assert conv_depth(Net(), (8, 8, 8)) == 3
     assert conv_depth(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (3, 2, 2)) == 0
+
+
+def test_module_depths_count_to_the_end_of_the_block():
+    model = timm.create_model('resnet20_cifar', shared_rank=8)
+    names = ['layer1.0', 'layer1.2', 'layer2.0', 'layer3.2']  # two convolutions a block, three blocks a stage, one stem
+    assert module_depths(model, names) == {'layer1.0': 3, 'layer1.2': 7, 'layer2.0': 9, 'layer3.2': 19}
+    assert conv_depth(model) == 19
 
 
 def test_conv_depth_leaves_the_model_as_it_was():
@@ -280,6 +288,7 @@ def test_sweep_trains_measures_draws_and_continues(tmp_path: Path):
     assert [(r.depth, r.seed) for r in runs] == [(3, 0), (5, 0)]
     assert all(r.params <= 4000 and 0 <= r.top1 <= 100 and r.epoch_seconds > 0 for r in runs)
     assert list(runs[1].ratios) == ['layer1.0', 'layer1.1']
+    assert runs[1].places == {'layer1.0': 3, 'layer1.1': 5}
     assert run_sweep(sweep) == runs  # nothing is trained again
     result = report_sweep(runs, 3, tmp_path)
     assert (tmp_path / 'sweep.png').stat().st_size > 10_000

@@ -4,12 +4,14 @@ import re
 import pytest
 import timm
 import torch
-from mmdet_support import SHARED, batch, losses_of, open_config
+from mmdet_support import SHARED, batch, losses_of, open_config, predictions_of
 from safetensors.torch import save_file
 
 from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
 from timm_lean.checkpoint import save_hf_dir
-from timm_lean.mmdet import TimmBackbone, resolve_channels
+from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
+from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.mmdet.prune import prune_detector
 
 from conftest import randomize_batchnorm  # isort: skip
 
@@ -200,3 +202,64 @@ def test_channels_of_other_necks_and_configs():
     for other in (None, [], dict(type='ResNet'), dict(backbone=dict(type='ResNet'), neck=dict(in_channels='auto')),
                   dict(backbone=backbone), dict(backbone=backbone, neck=dict(type='SSDNeck'))):
         resolve_channels(other)
+
+
+@pytest.fixture
+def dense_file(tmp_path):
+    torch.manual_seed(0)
+    model = randomize_batchnorm(timm.create_model('resnet34', num_classes=7, **NARROW)).eval()
+    save_model(model, tmp_path / 'dense.safetensors')
+    return str(tmp_path / 'dense.safetensors')
+
+
+def test_share_keeps_the_features_at_full_rank(dense_file):
+    dense = TimmBackbone(checkpoint=dense_file).eval()
+    shared = TimmBackbone(checkpoint=dense_file, share=dict(energy=1.0, dual=True)).eval()
+    assert dense.share_report is None and shared.share_report.layers
+    x = torch.randn(1, 3, 64, 64)
+    for a, b in zip(dense(x), shared(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_share_meets_a_budget_and_the_recipe_rebuilds_it(dense_file, tmp_path):
+    def count(backbone):
+        return sum(p.numel() for p in backbone.parameters())
+
+    shared = TimmBackbone(checkpoint=dense_file, share=dict(params=0.6, unique_rank=1)).eval()
+    assert abs(count(shared) / count(TimmBackbone(checkpoint=dense_file)) - 0.6) < 0.03
+    name, args = shared.recipe.create_args()
+    save_file(shared.net.state_dict(), tmp_path / 'shared.safetensors')
+    again = TimmBackbone(name, checkpoint=str(tmp_path / 'shared.safetensors'), model_args=args).eval()
+    x = torch.randn(1, 3, 64, 64)
+    for a, b in zip(shared(x), again(x), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(LeanError, match=r'shared already. Take share out of the config'):
+        TimmBackbone(name, checkpoint=str(tmp_path / 'shared.safetensors'), model_args=args, share=dict(params=0.5))
+
+
+@pytest.mark.parametrize('share, message', [
+    (dict(params=0.5), 'only random ones. Give pretrained=True or checkpoint=FILE, or shared_rank instead of params'),
+    (dict(shared_rank=4, rank=2), "option that timm_lean.share does not take: .*'rank'"),
+    (dict(shared_rank=0), 'whole number of at least 1, got 0'),
+    (dict(), 'exactly one of shared_rank, energy and params'),
+    (0.5, r'must be a dict .* like dict\(params=0.5\), got 0.5'),
+])
+def test_bad_share_options_are_clear_errors(share, message):
+    with pytest.raises(LeanError, match=message):
+        TimmBackbone('resnet18', model_args=dict(channels=(8, 16, 24, 32)), share=share)
+
+
+def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
+    cfg = open_config(SHARED)
+    cfg.model.backbone = dict(
+        type='timm_lean.TimmBackbone', checkpoint=dense_file, share=dict(shared_rank=4), out_indices=(2, 3, 4))
+    model = build_detector(cfg).eval()
+    assert model.backbone.share_report.layers
+    save_detector(model, tmp_path / 'det.safetensors', describe(cfg, model, {'classes': [str(i) for i in range(10)]}))
+    loaded = load_detector(tmp_path / 'det.safetensors')
+    assert 'share' not in loaded.cfg.model.backbone
+    for a, b in zip(predictions_of(model, batch(64)), predictions_of(loaded, batch(64)), strict=True):
+        assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+    pruned = prune_detector(tmp_path / 'det.safetensors', tmp_path / 'pruned.safetensors', ratio=0.25)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in loaded.parameters())
+    assert [s['op'] for s in load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps] == ['share', 'resize']

@@ -3,7 +3,7 @@
     python tools/bench_regularizers.py --models resnet18 resnet50 --batch-size 32 --img-size 224
 
 Rounds are interleaved (every measurement once per round), so that a disturbance hits all of them alike; the table shows
-the median and the quartiles. The two slow formulations come after the rounds.
+the median and the quartiles. The direct computation of all pairs comes after the rounds.
 """
 import argparse
 import math
@@ -91,16 +91,14 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
         label = ' '.join([reg_name, *kwargs.values()])
         works[label] = lambda reg=reg: reg(model).backward()
     labels = list(works)[1:]
+    works['(a) adjacent, grouped conv'] = lambda: sum(map(adjacent_by_grouped_conv, weights)).backward()
 
     def clear() -> None:
         model.zero_grad(set_to_none=True)
 
     times = _interleaved(works, args.repeats, device, clear)
-    # Two orders of magnitude slower, so measured after the rounds and less often.
-    slow: dict[str, Callable[[], Any]] = {
-        '(a) adjacent, grouped conv': lambda: sum(map(adjacent_by_grouped_conv, weights)).backward(),
-        '(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]}
-    if args.slow_repeats:
+    if args.slow_repeats:  # three orders of magnitude slower, so measured after the rounds and less often
+        slow = {'(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]}
         times.update(_interleaved(slow, args.slow_repeats, device, clear, warm_up=0))
     size = sum(w.numel() * w.element_size() for w in weights)
     base = statistics.median(times['training step'])
@@ -204,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--channels', type=int, default=128, help='channels in the growth measurement')
     p.add_argument('--repeats', type=int, default=20)
     p.add_argument('--slow-repeats', type=int, default=1,
-                   help='repeats of the two other formulations on the models, which may take minutes; 0: skip')
+                   help='repeats of the direct computation of all pairs, which may take minutes; 0: skip')
     p.add_argument('--device', default='cpu')
     p.add_argument('--amp', action='store_true', help='bfloat16 autocast in the training step')
     p.add_argument('--threads', type=int, default=torch.get_num_threads())

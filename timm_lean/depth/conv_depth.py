@@ -7,7 +7,7 @@ Limits, stated first: 1 x 1 convolutions count like others, also those in attent
 two per block); linear layers and matrix products do not. A convolution by shared filters and coefficients
 (`SharedBasisConv2d`) counts once: there is no activation in it, and it folds into one convolution.
 """
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 
-__all__ = ['conv_depth']
+__all__ = ['conv_depth', 'module_depths']
 
 _CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_overrideable.default}
 
@@ -53,7 +53,6 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@torch.no_grad()
 def conv_depth(model: nn.Module, input_size: Sequence[int] | None = None) -> int:
     """Count the convolutions on the longest path from a model's input to its outputs.
 
@@ -64,12 +63,34 @@ def conv_depth(model: nn.Module, input_size: Sequence[int] | None = None) -> int
     Raises:
         LeanError: The model cannot run on such an input.
     """
+    return _trace(model, input_size)['']
+
+
+def module_depths(model: nn.Module, names: Collection[str], input_size: Sequence[int] | None = None) -> dict[str, int]:
+    """Count the convolutions on the longest path from a model's input to the output of each of its named modules.
+
+    Args:
+        model: As in `conv_depth`.
+        names: Names of modules, each of which runs once.
+        input_size: As in `conv_depth`.
+
+    Raises:
+        LeanError: The model cannot run on such an input.
+    """
+    depths = _trace(model, input_size, names)
+    return {name: depths[name] for name in names}
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, input_size: Sequence[int] | None, names: Collection[str] = ()) -> dict[str, int]:
+    """Depths of the outputs of the named modules and, as '', of the whole model."""
     if input_size is None:
         input_size = get_model_input_config(model)['input_size']
     parameter = next(model.parameters(), torch.zeros(()))
     x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     training, mode = model.training, _DepthMode()
     before: list[int] = []
+    depths: dict[str, int] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
         before.append(mode.depth(args))
@@ -78,13 +99,16 @@ def conv_depth(model: nn.Module, input_size: Sequence[int] | None = None) -> int
         mode.set_depth(out, before.pop() + 1)
 
     handles = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, SharedBasisConv2d):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        if name in names:
+            handles.append(module.register_forward_hook(
+                lambda module, args, out, name=name: depths.update({name: mode.depth(out)})))
     try:
         with mode:
             out = model.eval()(x)
-        return mode.depth(out)
+        return {**depths, '': mode.depth(out)}
     except (RuntimeError, ValueError, TypeError) as e:
         raise LeanError(f'{type(model).__name__} does not run on an input of {list(input_size)}, so its depth cannot '
                         f'be counted: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e

@@ -22,7 +22,7 @@ from timm_lean.report import count_params
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 
-from .conv_depth import conv_depth
+from .conv_depth import conv_depth, module_depths
 from .family import Budget, bounded_model, default_baseline, describe_member
 from .identity import identity_ratios, near_identity_share
 
@@ -57,7 +57,18 @@ class Sweep:
 
 @dataclass
 class Run:
-    """One trained network."""
+    """One trained network.
+
+    Attributes:
+        depth: Convolutions on its longest path.
+        seed: Its seed.
+        params: Its parameters.
+        top1: Accuracy after the last epoch, per cent.
+        epoch_seconds: Median over the epochs.
+        near_identity: Share of its residual blocks that are near the identity; None without such blocks.
+        ratios: `||F(x)|| / ||x||` of each residual block.
+        places: Convolutions on the longest path from the input to the end of each of these blocks.
+    """
     depth: int
     seed: int
     params: int
@@ -65,6 +76,7 @@ class Run:
     epoch_seconds: float
     near_identity: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
 
 
 def default_depths(bound: int, least: int) -> list[int]:
@@ -106,8 +118,9 @@ def run_sweep(sweep: Sweep) -> list[Run]:
             with open(output / 'summary.csv', newline='') as f:
                 seconds = [float(row['seconds']) for row in csv.DictReader(f)]
             ratios = _ratios(output / 'last.safetensors', config)
+            places = module_depths(model, ratios, (3, size, size))
             runs.append(Run(real, seed, count_params(model), last['eval_top1'], statistics.median(seconds),
-                            near_identity_share(ratios) if ratios else None, ratios))
+                            near_identity_share(ratios) if ratios else None, ratios, places))
             with atomic_file(done_file) as temporary:
                 temporary.write_text(json.dumps({'settings': settings, 'runs': list(map(asdict, runs))}, indent=1))
     return runs
@@ -204,11 +217,14 @@ def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
     axes[0].set_ylabel('top-1 %')
     axes[1].plot(depths, [r['epoch_seconds'] for r in rows], marker='o')
     axes[1].set_ylabel('seconds per epoch')
-    for r in runs:
-        axes[2].scatter([r.depth] * len(r.ratios), list(r.ratios.values()), s=8, color='tab:blue', alpha=0.5)
+    for depth in depths:
+        points = [(r.places[name], ratio) for r in runs if r.depth == depth for name, ratio in r.ratios.items()]
+        axes[2].scatter(*zip(*points, strict=True) if points else ((), ()), s=8, alpha=0.6, label=f'network of {depth}')
     axes[2].set_ylabel('‖F(x)‖ / ‖x‖ of each block')
-    for axis in axes:
+    axes[2].set_xlabel('convolutions up to the end of the block')
+    for axis in axes[:2]:
         axis.set_xlabel('convolutions on the longest path')
+    for axis in axes:
         axis.axvline(bound, color='tab:red', linestyle='--', label=f'bound {bound}')
         axis.legend()
     with atomic_file(file) as temporary:

@@ -37,6 +37,9 @@ class TimmBackbone(BaseModule):
             nothing, 0 the stem.
         norm_eval: Keep all batch norms in eval mode during training, for small batches with pretrained weights.
         model_args: Arguments for `timm.create_model`.
+        share: Options of `timm_lean.share`, e.g. `dict(params=0.5)`: the network is converted to shared filter bases
+            once it has its weights. Shares of parameters are of the network without classifier. `share_report` tells
+            what was done.
         init_cfg: `dict(type='Pretrained', checkpoint=FILE)`; with `prefix` for a part of a larger file. Loaded when
             training starts, strictly.
 
@@ -56,10 +59,12 @@ class TimmBackbone(BaseModule):
             frozen_stages: int = -1,
             norm_eval: bool = False,
             model_args: dict[str, Any] | None = None,
+            share: dict[str, Any] | None = None,
             init_cfg: Any = None,
     ):
         super().__init__(init_cfg=init_cfg)
-        self.net, self.recipe = build_features(model_name, pretrained, checkpoint, out_indices, model_args)
+        self.net, self.recipe, self.share_report = build_features(
+            model_name, pretrained, checkpoint, out_indices, model_args, share)
         self.steps = list(self.recipe.steps)  # of the recipe it was built by, and those taken since
         self.out_indices: tuple[int, ...] = tuple(
             self.net.feature_info.out_indices)  # type: ignore[union-attr, arg-type]

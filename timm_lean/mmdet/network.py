@@ -4,7 +4,7 @@ timm's `features_only` wrappers drop the head and rename some modules, and load 
 does not fit. Here weights are matched one by one: every tensor of the extractor must be in the file with its shape,
 and what the extractor does not have must belong to the rest of the same network.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -14,10 +14,12 @@ import torch.nn as nn
 from timm_lean.checkpoint import load_any
 from timm_lean.errors import CheckpointError, LeanError
 from timm_lean.recipe import Recipe, build, recipe_of
+from timm_lean.sharing import ShareReport
+from timm_lean.sharing import share as share_bases
 
 from .weights import Weights, read_weights
 
-__all__ = ['build_features', 'feature_channels', 'feature_levels', 'flat_name', 'load_features', 'whole_names']
+__all__ = ['build_features', 'copy_weights', 'feature_channels', 'feature_levels', 'flat_name', 'load_features', 'whole_names']
 
 _LOCAL_DIR = 'local-dir:'
 _MIN_REDUCTION = 4  # detectors start at stride 4
@@ -29,21 +31,49 @@ def build_features(
         checkpoint: str | None = None,
         out_indices: Sequence[int] | None = None,
         model_args: dict[str, Any] | None = None,
-) -> tuple[nn.Module, Recipe]:
+        share: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Recipe, ShareReport | None]:
     """Build a feature extractor, see `TimmBackbone` for the arguments.
 
     Returns:
-        The network, images `[B, C, H, W]` to a list of feature maps, and the recipe of the network it comes from.
+        The network, images `[B, C, H, W]` to a list of feature maps, the recipe of the network it comes from, and what
+        `share` did.
 
     Raises:
-        LeanError: The name, the levels or the file cannot be used; the message says why.
+        LeanError: The name, the levels, the file or the conversion are not possible; the message says why.
     """
     recipe, weights = _source(model_name, pretrained, checkpoint, dict(model_args or {}))
     full = _on_meta(recipe)
-    net = _create(recipe, _check_indices(full, out_indices, recipe.architecture), pretrained and weights is None)
+    indices = _check_indices(full, out_indices, recipe.architecture)
+    net = _create(recipe, indices, pretrained and weights is None)
     if weights is not None:
         load_features(net, weights, recipe.architecture, list(full.state_dict()))
-    return net, recipe
+    if share is None:
+        return net, recipe, None
+    _check_share(share, recipe, trained=pretrained or weights is not None)
+    converted = _share(net, recipe, share)
+    recipe = Recipe(recipe.architecture, recipe.model_args, list(converted.lean_steps))  # type: ignore[arg-type]
+    net = _create(recipe, indices, False)
+    copy_weights(converted, net)
+    return net, recipe, converted.share_report  # type: ignore[return-value]
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Between a whole network and its feature extractor; what only one of them has (the head) stays as it is.
+
+    Raises:
+        CheckpointError: They are not of the same network.
+    """
+    given = {flat_name(source, key): value for key, value in source.state_dict().items()}
+    given |= {key.replace('.', '_'): value for key, value in source.state_dict().items()}
+    found = 0
+    for key, value in target.state_dict().items():
+        other = given.get(flat_name(target, key), given.get(key.replace('.', '_')))
+        if other is not None:
+            value.copy_(other)
+            found += 1
+    if found < min(len(source.state_dict()), len(target.state_dict())):
+        raise CheckpointError('The names of the feature extractor and of its whole network do not match.')
 
 
 def feature_channels(
@@ -162,6 +192,30 @@ def _create(recipe: Recipe, out_indices: tuple[int, ...], pretrained: bool) -> n
     except Exception as e:  # timm's wrappers assert or fail in their own ways on networks they cannot take apart
         raise LeanError(f'timm cannot make a feature extractor of {recipe.architecture!r}: '
                         f'{type(e).__name__}: {e}') from e
+
+
+def _check_share(share: Any, recipe: Recipe, trained: bool) -> None:
+    if not isinstance(share, Mapping):
+        raise LeanError(f'share must be a dict of the options of timm_lean.share, like dict(params=0.5), got {share!r}.')
+    if any(step['op'] == 'share' for step in recipe.steps):
+        raise LeanError(f'share={dict(share)!r}: the checkpoint holds a network whose filters are shared already. '
+                        'Take share out of the config (share=None).')
+    chosen = [key for key in ('params', 'energy') if share.get(key) is not None]
+    if chosen and not trained:
+        raise LeanError(f'share={dict(share)!r} chooses the ranks by the weights, and this network has only random ones. '
+                        'Give pretrained=True or checkpoint=FILE, or shared_rank instead of '
+                        f'{" and ".join(chosen)}.')
+
+
+def _share(net: nn.Module, recipe: Recipe, options: Mapping[str, Any]) -> Any:
+    """The whole network of a feature extractor, without its classifier, converted to shared bases."""
+    full: Any = build(recipe)
+    full.reset_classifier(0)
+    copy_weights(net, full)
+    try:
+        return share_bases(full, **options)
+    except TypeError as e:
+        raise LeanError(f'share={dict(options)!r} has an option that timm_lean.share does not take: {e}.') from e
 
 
 def _check_indices(full: nn.Module, out_indices: Sequence[int] | None, architecture: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.errors import CheckpointError, LeanError
+from timm_lean.errors import LeanError
 from timm_lean.fileio import output_file
 from timm_lean.pruning import prune_channels
 from timm_lean.pruning.command import channel_options
@@ -25,7 +25,7 @@ from timm_lean.recipe import Recipe, build
 from .backbone import TimmBackbone
 from .channels import AUTO
 from .detector import build_detector, describe, load_detector, save_detector
-from .network import feature_levels, flat_name
+from .network import copy_weights, feature_levels
 
 __all__ = ['prune_detector', 'prune_detector_command']
 
@@ -79,7 +79,7 @@ def prune_detector(
     if any(step['op'] == 'resize' for step in recipe.steps) and not again:
         raise LeanError(f'{source} has been pruned by channels before. If pruning it again is meant, say --again.')
     full = build(recipe).eval()
-    _copy_weights(old.backbone.net, full)
+    copy_weights(old.backbone.net, full)
     means = {name: m.running_mean.clone() for name, m in _norms(full)}
     for _, norm in _norms(full):
         norm.running_mean.copy_(torch.arange(len(norm.running_mean)))
@@ -96,7 +96,7 @@ def prune_detector(
     for part in neck[:1] if isinstance(neck, list) else [neck] if neck else []:
         part['in_channels'] = AUTO
     new: Any = build_detector(cfg)
-    _copy_weights(pruned, new.backbone.net)
+    copy_weights(pruned, new.backbone.net)
     levels = [_kept_of_level(pruned, kept, level, str(source)) for level in old.backbone.out_indices]
     readers = _readers(old, image_size)
     state, tensors = old.state_dict(), {}
@@ -124,23 +124,6 @@ def prune_detector(
 def _norms(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-
-
-def _flat(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key.replace('.', '_'): value for key, value in model.state_dict().items()}
-
-
-def _copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Between a whole network and its feature extractor; what only one of them has (the head) stays as it is."""
-    given = {flat_name(source, key): value for key, value in source.state_dict().items()} | _flat(source)
-    found = 0
-    for key, value in target.state_dict().items():
-        other = given.get(flat_name(target, key), given.get(key.replace('.', '_')))
-        if other is not None:
-            value.copy_(other)
-            found += 1
-    if found < min(len(source.state_dict()), len(target.state_dict())):
-        raise CheckpointError('The names of the backbone and of its whole network do not match; it cannot be pruned.')
 
 
 def _kept_of_level(model: nn.Module, kept: dict[str, torch.Tensor], level: int, source: str) -> torch.Tensor:

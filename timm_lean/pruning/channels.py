@@ -187,7 +187,11 @@ def _step(
         parts = conv_groups(graph, group)
         plans.append((group, root, parts, values.view(parts, -1).mean(0).cpu().double()))
     if not plans:
-        raise LeanError(f'{type(model).__name__} has no channels to prune: all groups are ignored or reach the output.')
+        reasons = '; '.join(f'{name}: {why}' for name, why in list(kept.items())[:3])
+        shared = ('. Layers that share a basis lose the same input channels, so one that cannot lose any keeps those of '
+                  'all' if any(isinstance(m, FilterBasis) for m in model.modules()) else '')
+        raise LeanError(f'{type(model).__name__} has no channels to prune: '
+                        f'{reasons or "all groups are ignored or reach the output"}{shared}.')
     for _, root, parts, values in plans:
         start.setdefault(root, len(values) * parts)
     limit = None

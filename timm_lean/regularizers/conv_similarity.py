@@ -150,13 +150,14 @@ def _similarity_grad(
         for factor, pieces, basis in _chunks(weights, groups, factors):
             filters = _gather(weights, groups, pieces, dtype)
             waves, power = _spectrum(filters, basis)
-            slope = _slope(power, adjacent).flatten(1).mul_(grad * (2 * factor))  # d/d waves = 2 waves * d/d power
+            slope = _slope(power, adjacent).flatten(1)
+            scale = grad * (2 * factor)  # d/d waves = 2 waves * d/d power
             if basis is None:
-                out = (waves * slope).T
+                out = slope.mul_(waves).mul_(scale).T
             else:
                 waves[:len(slope)] *= slope
                 waves[len(slope):] *= slope[1:]
-                out = (basis.T @ waves).T
+                out = ((basis * scale).T @ waves).T
             _scatter(grads, groups, pieces, out.view(filters.shape))
     return grads
 
