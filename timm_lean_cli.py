@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     size.add_argument('--shared-rank', type=int, metavar='N', help='filters of every basis')
     shared.add_argument('--unique-rank', type=int, default=0, metavar='N', help='more filters per layer (default 0)')
     shared.add_argument('--dual', action='store_true', help="a basis each for a block's first and second convolution")
+    shared.add_argument('--bn', action='store_true', help='batch norms behind the filters, set by training images')
     shared.add_argument('--stages', type=int, nargs='+', metavar='N', help="as timm's feature levels; all if not given")
     shared.add_argument('--include', action='append', metavar='PATTERN', help='only these layers (repeatable)')
     shared.add_argument('--exclude', action='append', metavar='PATTERN', help='layers to leave alone (repeatable)')

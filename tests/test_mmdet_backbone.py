@@ -262,4 +262,5 @@ def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
     pruned = prune_detector(tmp_path / 'det.safetensors', tmp_path / 'pruned.safetensors', ratio=0.25)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in loaded.parameters())
-    assert [s['op'] for s in load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps] == ['share', 'resize']
+    steps = load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps
+    assert [step['op'] for step in steps] == ['share', 'resize']

@@ -13,6 +13,7 @@ from timm_lean.checkpoint import save_hf_dir
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer
+from timm_lean_cli import main
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -126,6 +127,38 @@ def test_bias_stays():
     assert torch.equal(new.get_submodule(name).coeff.bias, model.get_submodule(name).bias)
 
 
+def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
+    model = network()
+    plain = share(model, energy=0.8, unique_rank=1)
+    new = share(model, energy=0.8, unique_rank=1, bn=True, calibration=[(X, None)])
+    assert count(new) > count(plain)
+    with torch.no_grad():
+        assert relative(new(X), plain(X)) < 1e-5
+        other = torch.randn(2, 3, 32, 32)
+        assert relative(new(other), plain(other)) < 1e-5
+        assert relative(fold(new)(X), plain(X)) < 1e-4
+        assert relative(copy.deepcopy(new).train()(X), copy.deepcopy(plain).train()(X)) < 1e-3
+    bn = new.get_submodule('layer1.0.conv1').bn  # the statistics are those of the responses
+    seen = []
+    bn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    trained = copy.deepcopy(new).eval()
+    trained.bn1.train()
+    trained(X)
+    x = seen[-1].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(bn.running_mean, x.mean(1), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(bn.running_var, x.var(1, correction=0), atol=1e-4, rtol=1e-3)
+    new = share(model, energy=0.8, bn=True, calibration=[X])
+    save_model(new, tmp_path / 'm.safetensors')
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'm.safetensors').eval()(X), new(X))
+
+
+def test_budget_counts_the_batch_norms():
+    model = network()
+    new = share(model, params=0.5, bn=True, calibration=[X])
+    assert abs(count(new) / count(model) - 0.5) <= 0.03 and new.share_report.params_after == count(new)
+
+
 def test_original_is_untouched_and_copies_share():
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -193,6 +226,9 @@ def test_sharing_twice_takes_what_is_left(tmp_path):
     ({'params': 0.001}, 'out of reach: this network can have 0.'),
     ({'shared_rank': 2, 'include': 'nothing*'}, "'nothing\\*' matches no convolution"),
     ({'shared_rank': 2, 'stages': [9]}, 'there is nothing to share'),
+    ({'shared_rank': 2, 'bn': True}, 'calibration=LOADER go together'),
+    ({'shared_rank': 2, 'calibration': [X]}, 'bn=True and'),
+    ({'shared_rank': 2, 'bn': True, 'calibration': []}, 'got no batch'),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(LeanError, match=message):
@@ -202,3 +238,39 @@ def test_bad_arguments(arguments, message):
 def test_nothing_to_share():
     with pytest.raises(LeanError, match='nothing to share'):
         share(timm.create_model('mobilenetv3_small_050'), shared_rank=2)
+
+
+@pytest.fixture(scope='module')
+def small_file(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('share') / 'dense.safetensors'
+    save_model(timm.create_model('resnet20_cifar', num_classes=10, in_chans=1), path)
+    return str(path)
+
+
+def test_command(small_file, tmp_path, capsys):
+    out = tmp_path / 'shared.safetensors'
+    assert main(['share', small_file, '--params', '0.6', '--bn', '-o', str(out), '--data', 'digits',
+                 '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu']) == 0
+    text = capsys.readouterr().out
+    assert 'energy kept' in text and 'relative error of the output' in text and str(out) in text
+    numbers = {line.split()[1]: float(line.split()[2]) for line in text.splitlines() if line.startswith('top-1')}
+    assert set(numbers) == {'before', 'converted', 'fine-tuned'} and all(0 <= n <= 100 for n in numbers.values())
+    model = load_model(out)
+    assert any(isinstance(m, SharedBasisConv2d) and isinstance(m.bn, nn.BatchNorm2d) for m in model.modules())
+    assert abs(count(model) / count(load_model(small_file)) - 0.6) < 0.03
+    assert [p.name for p in tmp_path.iterdir()] == ['shared.safetensors'], 'no temporary files stay'
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--params', '0.001'], 'out of reach'),
+    (['--shared-rank', '4', '--bn'], '--bn needs training images'),
+    (['--shared-rank', '4', '--finetune-epochs', '2'], '--finetune-epochs needs data'),
+    (['--shared-rank', '4', '--distill'], '--distill is a way of fine-tuning'),
+    (['--shared-rank', '4', '--include', 'nope*'], 'matches no convolution'),
+])
+def test_command_errors(small_file, tmp_path, capsys, options, message):
+    out = tmp_path / 'shared.safetensors'
+    assert main(['share', small_file, '-o', str(out), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

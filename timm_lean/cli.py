@@ -155,7 +155,7 @@ def _is_detector(path: Path) -> bool:
 
 
 def _share(args: argparse.Namespace) -> None:
-    from .sharing_command import share_command
+    from .sharing.command import share_command
     share_command(args)
 
 

@@ -19,7 +19,9 @@ from timm_lean.sharing import share as share_bases
 
 from .weights import Weights, read_weights
 
-__all__ = ['build_features', 'copy_weights', 'feature_channels', 'feature_levels', 'flat_name', 'load_features', 'whole_names']
+__all__ = [
+    'build_features', 'copy_weights', 'feature_channels', 'feature_levels', 'flat_name', 'load_features', 'whole_names',
+]
 
 _LOCAL_DIR = 'local-dir:'
 _MIN_REDUCTION = 4  # detectors start at stride 4
@@ -52,10 +54,10 @@ def build_features(
         return net, recipe, None
     _check_share(share, recipe, trained=pretrained or weights is not None)
     converted = _share(net, recipe, share)
-    recipe = Recipe(recipe.architecture, recipe.model_args, list(converted.lean_steps))  # type: ignore[arg-type]
+    recipe = Recipe(recipe.architecture, recipe.model_args, list(converted.lean_steps))
     net = _create(recipe, indices, False)
     copy_weights(converted, net)
-    return net, recipe, converted.share_report  # type: ignore[return-value]
+    return net, recipe, converted.share_report
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -196,15 +198,15 @@ def _create(recipe: Recipe, out_indices: tuple[int, ...], pretrained: bool) -> n
 
 def _check_share(share: Any, recipe: Recipe, trained: bool) -> None:
     if not isinstance(share, Mapping):
-        raise LeanError(f'share must be a dict of the options of timm_lean.share, like dict(params=0.5), got {share!r}.')
+        raise LeanError('share must be a dict of the options of timm_lean.share, like dict(params=0.5), '
+                        f'got {share!r}.')
     if any(step['op'] == 'share' for step in recipe.steps):
         raise LeanError(f'share={dict(share)!r}: the checkpoint holds a network whose filters are shared already. '
                         'Take share out of the config (share=None).')
     chosen = [key for key in ('params', 'energy') if share.get(key) is not None]
     if chosen and not trained:
-        raise LeanError(f'share={dict(share)!r} chooses the ranks by the weights, and this network has only random ones. '
-                        'Give pretrained=True or checkpoint=FILE, or shared_rank instead of '
-                        f'{" and ".join(chosen)}.')
+        raise LeanError(f'share={dict(share)!r} chooses the ranks by the weights, and this network has only random '
+                        f'ones. Give pretrained=True or checkpoint=FILE, or shared_rank instead of {chosen[0]}.')
 
 
 def _share(net: nn.Module, recipe: Recipe, options: Mapping[str, Any]) -> Any:

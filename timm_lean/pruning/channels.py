@@ -188,10 +188,10 @@ def _step(
         plans.append((group, root, parts, values.view(parts, -1).mean(0).cpu().double()))
     if not plans:
         reasons = '; '.join(f'{name}: {why}' for name, why in list(kept.items())[:3])
-        shared = ('. Layers that share a basis lose the same input channels, so one that cannot lose any keeps those of '
-                  'all' if any(isinstance(m, FilterBasis) for m in model.modules()) else '')
+        shared = any(isinstance(m, FilterBasis) for m in model.modules())
+        hint = ' Layers that share a basis lose the same inputs; one that cannot lose any keeps those of all.'
         raise LeanError(f'{type(model).__name__} has no channels to prune: '
-                        f'{reasons or "all groups are ignored or reach the output"}{shared}.')
+                        f'{reasons or "all groups are ignored or reach the output"}.{hint if shared else ""}')
     for _, root, parts, values in plans:
         start.setdefault(root, len(values) * parts)
     limit = None

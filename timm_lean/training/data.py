@@ -215,8 +215,10 @@ def open_eval_loader(
         batch_size: int,
         device: torch.device,
         workers: int = 0,
+        split: str = 'eval',
+        limit: int | None = None,
 ) -> Any:
-    """Evaluation batches for a model, prepared as its configuration says.
+    """Batches for a model in order, without augmentation, prepared as its configuration says.
 
     Args:
         model: A timm model.
@@ -226,10 +228,12 @@ def open_eval_loader(
         batch_size: Images per batch.
         device: Where the batches go.
         workers: Data loading processes.
+        split: 'eval', or 'train' for its images.
+        limit: Use only so many images, evenly over the classes.
     """
     config = model_data_config(model, img_size)
     data = data or ('folder' if data_dir else 'digits')
-    dataset = open_dataset(data, data_dir, 'eval', config['input_size'][0], config['input_size'][-1])
+    dataset = open_dataset(data, data_dir, split, config['input_size'][0], config['input_size'][-1], limit)
     return create_eval_loader(dataset, config, batch_size, device, workers)
 
 

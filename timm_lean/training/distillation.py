@@ -16,6 +16,7 @@ from timm_lean.checkpoint import load_any
 from timm_lean.errors import LeanError
 from timm_lean.regularizers import Regularizer
 
+from .data import model_data_config
 from .task import WithRegularizers
 
 __all__ = ['DistilledTask', 'load_teacher']
@@ -55,6 +56,12 @@ class DistilledTask(WithRegularizers, FeatureDistillationTask):
             model, teacher, distill_loss_weight=weight, student_feature_dim=_feature_dim(model, x, 'The model'),
             teacher_feature_dim=_feature_dim(teacher, x, 'The teacher'), device=device, **kwargs)
         self.regularizers = list(regularizers)
+        # timm takes them from pretrained_cfg, which has three channels also where the networks have one
+        for network, holder, names in ((model, self, ('student_mean', 'student_std')),
+                                       (teacher, self.teacher, ('mean_kd', 'std_kd'))):
+            config = model_data_config(network)
+            for name, values in zip(names, (config['mean'], config['std']), strict=True):
+                setattr(holder, name, torch.tensor(values, device=device).view(1, -1, 1, 1))
 
 
 def load_teacher(source: str) -> nn.Module:

@@ -2,25 +2,29 @@
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
 
-from .checkpoint import load_any, save_model
-from .errors import LeanError
-from .fileio import output_file
-from .sharing import share
+from timm_lean.checkpoint import load_any, save_model
+from timm_lean.errors import LeanError
+from timm_lean.fileio import output_file
+
+from .convert import share
 
 __all__ = ['share_command']
+
+_CALIBRATION_IMAGES = 1024
 
 
 def share_command(args: argparse.Namespace) -> None:
     """Run `timm-lean share`.
 
     Args:
-        args: `model`, `output`, `params`, `energy`, `shared_rank`, `unique_rank`, `dual`, `stages`, `include`,
-            `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `lr`,
-            `distill`.
+        args: `model`, `output`, `params`, `energy`, `shared_rank`, `unique_rank`, `dual`, `bn`, `stages`,
+            `include`, `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`,
+            `finetune_epochs`, `lr`, `distill`.
 
     Raises:
         LeanError: Options that cannot be met, or a model without convolutions to share.
@@ -33,22 +37,24 @@ def share_command(args: argparse.Namespace) -> None:
         raise LeanError(f'--finetune-epochs must be at least 0, got {args.finetune_epochs}.')
     if args.distill and not args.finetune_epochs:
         raise LeanError('--distill is a way of fine-tuning: it needs --finetune-epochs.')
+    if args.bn and not has_data:
+        raise LeanError('--bn needs training images for the statistics: --data-dir DIR, or --data digits.')
     model = load_any(args.model).eval()
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     new = share(
         model, args.shared_rank, args.energy, args.params, args.unique_rank, args.dual, args.stages, args.include,
-        args.exclude, example_input=x)
+        args.exclude, example_input=x, bn=args.bn, calibration=_calibration(args, model) if args.bn else None)
     print(new.share_report)
     save_model(new, output)
     if has_data:
-        from .training.device import resolve_device
-        from .training.evaluate import evaluate_source
+        from timm_lean.training.device import resolve_device
+        from timm_lean.training.evaluate import evaluate_source
         for title, net in (('before', model), ('converted', new)):
             top1 = evaluate_source(args.model, net, args.data, args.data_dir, args.img_size, args.batch_size,
                                    resolve_device(args.device), args.workers)['top1']
             print(f'top-1 {title:10} {top1:.2f} %', flush=True)
     if args.finetune_epochs:
-        from .training.finetune import finetune
+        from timm_lean.training.finetune import finetune
         keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
         settings = {k: getattr(args, k) for k in keys}
         with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
@@ -57,3 +63,10 @@ def share_command(args: argparse.Namespace) -> None:
                 save_model(model.cpu(), settings['distill'])
             print(f'top-1 fine-tuned {finetune(output, args.finetune_epochs, args.lr, settings):.2f} %')
     print(output)
+
+
+def _calibration(args: argparse.Namespace, model: torch.nn.Module) -> Any:
+    """Training images for the statistics of batch norms."""
+    from timm_lean.training.data import open_eval_loader
+    return open_eval_loader(model, args.data, args.data_dir, args.img_size, args.batch_size, torch.device('cpu'),
+                            args.workers, split='train', limit=_CALIBRATION_IMAGES)

@@ -1,0 +1,53 @@
+"""What a conversion did, layer by layer."""
+from dataclasses import dataclass, field
+
+__all__ = ['LayerShare', 'ShareReport']
+
+
+@dataclass
+class LayerShare:
+    """One converted convolution.
+
+    Attributes:
+        name: Its name in the model.
+        group: Index of its group.
+        shared_rank: Filters of the basis it uses.
+        unique_rank: Filters of its own.
+        energy: Share of its weight's squared norm that is kept.
+        output_error: `||y - y'|| / ||y||` of its output for the example input; None without one.
+    """
+    name: str
+    group: int
+    shared_rank: int
+    unique_rank: int
+    energy: float
+    output_error: float | None = None
+
+
+@dataclass
+class ShareReport:
+    """What `share` did.
+
+    Attributes:
+        layers: The converted convolutions.
+        params_before: Parameters of the original.
+        params_after: Parameters of the result, shared ones counted once.
+        output_error: Relative error of the network's output in eval mode for the example input; None without one.
+    """
+    layers: list[LayerShare] = field(default_factory=list)
+    params_before: int = 0
+    params_after: int = 0
+    output_error: float | None = None
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        lines = [f'{"layer":{width}}  group  shared  unique  energy kept  output error']
+        for la in self.layers:
+            error = '-' if la.output_error is None else f'{la.output_error:.4f}'
+            lines.append(f'{la.name:{width}}  {la.group:5}  {la.shared_rank:6}  {la.unique_rank:6}  '
+                         f'{100 * la.energy:9.2f} %  {error:>12}')
+        lines.append(f'parameters {self.params_before:,} -> {self.params_after:,} '
+                     f'({100 * self.params_after / self.params_before:.1f} %)')
+        if self.output_error is not None:
+            lines.append(f'relative error of the output {self.output_error:.4f}')
+        return '\n'.join(lines)
