@@ -200,10 +200,9 @@ def _detect(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.det_dir:
-        from .mmdet import export_detector
-        directory = export_detector(args.det_config, args.model, args.det_dir)
-        print(f'{directory}: timm_lean.mmdet.load_detector({str(directory)!r})')
+    if args.det_dir or args.det_config or _is_detector(Path(args.model)):
+        from .mmdet.export import export_detector_command
+        export_detector_command(args)
         return
     from .export.command import export_command
     export_command(args)

@@ -16,7 +16,10 @@ from .auto import fold_faster
 from .fold import fold
 from .forms import check_onnx_installed, half, onnx_form, save_onnx, save_torch_export, torch_export_form
 
-__all__ = ['export_command']
+__all__ = ['Row', 'export_command', 'fold_as_asked', 'format_rows', 'write_forms']
+
+Row = tuple[str, int | None, nn.Module, torch.device]
+"""A form in the table: name, bytes of its file, how to run it and where."""
 
 _CHECK_IMAGES = 8
 
@@ -28,16 +31,10 @@ def export_command(args: argparse.Namespace) -> None:
     model = load_any(args.model).eval()
     channels, *size = get_model_input_config(model)['input_size']
     shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
-    rows: list[tuple[str, int | None, nn.Module, torch.device]] = []
+    rows: list[Row] = []
     source = Path(args.model)
     rows.append((args.model, source.stat().st_size if source.is_file() else None, model, device))
-    if args.fold == 'all':
-        model = fold(model)
-        print(model.fold_report)
-    elif args.fold == 'auto':
-        model, times = fold_faster(model, shape, device)
-        folded = sum(dense < shared for shared, dense in times.values())
-        print(f'{folded} of {len(times)} shared convolutions are faster dense on {device} and were folded')
+    model = fold_as_asked(model, args.fold, shape, device)
     stored = half(model) if args.half else model
     label = ', float16' if args.half else ''
     if args.output:
@@ -50,16 +47,32 @@ def export_command(args: argparse.Namespace) -> None:
     if args.onnx or args.torch_export:
         cpu = torch.device('cpu')
         loader = open_eval_loader(model, args.data, args.data_dir, args.img_size, _CHECK_IMAGES, cpu)
-        images = next(iter(loader))[0]
-        model = model.to(cpu)
-        for path, save, form in ((args.onnx, save_onnx, onnx_form),
-                                 (args.torch_export, save_torch_export, torch_export_form)):
-            if path:
-                error = save(model, images, path)
-                print(f'{path}: within {error:.1e} of PyTorch on {len(images)} images')
-                rows.append((path, Path(path).stat().st_size, form(path), cpu))
+        rows += write_forms(model.to(cpu), next(iter(loader))[0], args.onnx, args.torch_export)
     if len(rows) > 1:
-        print(_table(rows, shape))
+        print(format_rows(rows, shape))
+
+
+def fold_as_asked(model: nn.Module, how: str | None, shape: tuple[int, ...], device: torch.device) -> nn.Module:
+    """`--fold`: nothing, everything, or what is faster dense on the device."""
+    if how == 'all':
+        model = fold(model)
+        print(model.fold_report)
+    elif how == 'auto':
+        model, times = fold_faster(model, shape, device)
+        folded = sum(dense < shared for shared, dense in times.values())
+        print(f'{folded} of {len(times)} shared convolutions are faster dense on {device} and were folded')
+    return model
+
+
+def write_forms(model: nn.Module, images: torch.Tensor, onnx: str | None, torch_export: str | None) -> list[Row]:
+    """Write `--onnx` and `--torch-export`, checked on images `[B, C, H, W]`; rows for the table."""
+    rows: list[Row] = []
+    for path, save, form in ((onnx, save_onnx, onnx_form), (torch_export, save_torch_export, torch_export_form)):
+        if path:
+            error = save(model, images, path)
+            print(f'{path}: within {error:.1e} of PyTorch on {len(images)} images')
+            rows.append((path, Path(path).stat().st_size, form(path), torch.device('cpu')))
+    return rows
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -76,7 +89,8 @@ def _check(args: argparse.Namespace) -> None:
         check_onnx_installed()
 
 
-def _table(rows: list[tuple[str, int | None, nn.Module, torch.device]], shape: tuple[int, ...]) -> str:
+def format_rows(rows: list[Row], shape: tuple[int, ...]) -> str:
+    """Size and latency of every form, measured in turn on inputs of a shape `[B, C, H, W]`."""
     times: dict[int, float] = {}
     for device in dict.fromkeys(row[3] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row[3] == device]

@@ -24,11 +24,11 @@ _TOLERANCE = 1e-3  # of the largest output; rounding stays two orders below
 class RunnableForm(nn.Module):
     """A file as a module, so that it can be run and timed beside models."""
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, run: Callable[[torch.Tensor], Any]):
         super().__init__()
         self.run = run
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.run(x)
 
 
@@ -43,9 +43,9 @@ def save_onnx(model: nn.Module, images: torch.Tensor, path: str | Path) -> float
     """Write a model as ONNX with a dynamic batch size, in torch's current opset.
 
     Args:
-        model: A model in eval mode on the CPU.
+        model: A model in eval mode on the CPU; its output is a tensor, or a list of feature maps.
         images: At least two real images `[B, C, H, W]` to check the file with.
-        path: The file to write.
+        path: The file to write. The output is called `output`, feature maps `level_0`, `level_1`, ...
 
     Returns:
         The largest difference to PyTorch's output, relative to the largest output.
@@ -54,9 +54,12 @@ def save_onnx(model: nn.Module, images: torch.Tensor, path: str | Path) -> float
         LeanError: Packages are missing, the model cannot be exported, or the file computes something else.
     """
     check_onnx_installed()
+    with torch.no_grad():
+        example = model(images[:1])
+    names = ['output'] if isinstance(example, torch.Tensor) else [f'level_{i}' for i in range(len(example))]
     with _quiet(), _export_errors('ONNX'):
         program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, input_names=['images'],
-                                    output_names=['output'], dynamic_shapes=({0: torch.export.Dim('batch')},))
+                                    output_names=names, dynamic_shapes=({0: torch.export.Dim('batch')},))
         assert program is not None
         data = program.model_proto.SerializeToString()
     error = _compare(model, onnx_form(data), images, 'ONNX')
@@ -75,7 +78,11 @@ def onnx_form(source: bytes | str | Path) -> RunnableForm:
     session = onnxruntime.InferenceSession(
         source if isinstance(source, bytes) else str(source), options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    return RunnableForm(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+
+    def run(x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        outputs = [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
+        return outputs[0] if len(outputs) == 1 else outputs
+    return RunnableForm(run)
 
 
 def save_torch_export(model: nn.Module, images: torch.Tensor, path: str | Path) -> float:
@@ -115,16 +122,20 @@ def half(model: nn.Module) -> nn.Module:
 def _compare(model: nn.Module, form: nn.Module, images: torch.Tensor, kind: str) -> float:
     error = 0.
     for part in (images, images[:1]):
-        expected, actual = model(part), form(part)
-        if actual.shape != expected.shape:
-            raise LeanError(f'The {kind} form gives {list(actual.shape)} instead of {list(expected.shape)}; '
-                            'nothing was written.')
-        scale = expected.abs().max().clamp_min(1e-12)
-        error = max(error, ((actual - expected).abs().max() / scale).item())
+        for expected, actual in zip(_tensors(model(part)), _tensors(form(part)), strict=True):
+            if actual.shape != expected.shape:
+                raise LeanError(f'The {kind} form gives {list(actual.shape)} instead of {list(expected.shape)}; '
+                                'nothing was written.')
+            scale = expected.abs().max().clamp_min(1e-12)
+            error = max(error, ((actual - expected).abs().max() / scale).item())
     if not error <= _TOLERANCE:
         raise LeanError(f'The {kind} form differs from PyTorch by {error:.2g} of the largest output; '
                         'nothing was written.')
     return error
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else list(output)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from timm_lean.fileio import atomic_file, writable_dir
 
 from .detector import load_detector
 
-__all__ = ['draw', 'predict', 'predict_images']
+__all__ = ['draw', 'predict', 'predict_images', 'read_image']
 
 
 def predict_images(
@@ -44,7 +44,7 @@ def predict_images(
     """
     if not 0 <= score_thr <= 1:
         raise LeanError(f'The score threshold must be between 0 and 1, got {score_thr}.')
-    arrays = [_read_image(path) for path in images]
+    arrays = [read_image(path) for path in images]
     names = _picture_names(images, out)
     model: Any = load_detector(source, device)
     results = []
@@ -91,7 +91,8 @@ def draw(model: nn.Module, image: np.ndarray, boxes: Sequence[dict[str, Any]], p
         Image.fromarray(visualizer.get_image()).save(temporary, format='PNG' if suffix == '.png' else 'JPEG')
 
 
-def _read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as RGB, uint8, `[H, W, 3]`, turned as its EXIF says."""
     try:
         with Image.open(path) as f:
             return np.asarray(ImageOps.exif_transpose(f).convert('RGB'))

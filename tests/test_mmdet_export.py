@@ -1,0 +1,67 @@
+"""`timm-lean export` of detectors: the whole as a folder, the backbone as ONNX and torch.export files."""
+import numpy as np
+import pytest
+import torch
+from mmdet_support import SHARED, batch, predictions_of, scenes_config
+
+from timm_lean.mmdet import load_detector
+from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.pruning import prune_kernels
+from timm_lean_cli import main
+
+from conftest import randomize_batchnorm  # isort: skip
+
+
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('export')
+    cfg = scenes_config(folder, SHARED)
+    torch.manual_seed(0)
+    model = randomize_batchnorm(build_detector(cfg))
+    prune_kernels(model.backbone.net, 'spectral_norm', amount=0.3)
+    path = folder / 'det.safetensors'
+    save_detector(model, path, describe(cfg, model, {'classes': [str(i) for i in range(10)]}))
+    return path
+
+
+@pytest.mark.parametrize('fold', [[], ['--fold']], ids=['shared', 'folded'])
+def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    onnx, pt2 = tmp_path / 'b.onnx', tmp_path / 'b.pt2'
+    assert main(['export', str(detector), '--onnx', str(onnx), '--torch-export', str(pt2), '--img-size', '64',
+                 '--device', 'cpu', *fold]) == 0
+    out = capsys.readouterr().out
+    assert 'level_0: stride 8, 16 channels' in out and out.count('of PyTorch on 8 images') == 2
+    session = onnxruntime.InferenceSession(str(onnx), providers=['CPUExecutionProvider'])
+    assert [o.name for o in session.get_outputs()] == ['level_0', 'level_1', 'level_2']
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = load_detector(detector).backbone(x)
+    actual = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    again = torch.export.load(pt2).module()(x)
+    for e, a, b in zip(expected, actual, again, strict=True):
+        np.testing.assert_allclose(a, e.numpy(), rtol=1e-3, atol=1e-3 * float(e.abs().max()))
+        torch.testing.assert_close(b, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))
+
+
+def test_the_whole_as_a_folder(detector, tmp_path, capsys):
+    assert main(['export', str(detector), '--det-dir', str(tmp_path / 'd')]) == 0
+    assert 'load_detector' in capsys.readouterr().out
+    for a, b in zip(predictions_of(load_detector(detector), batch(64)),
+                    predictions_of(load_detector(tmp_path / 'd'), batch(64)), strict=True):
+        assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+
+
+@pytest.mark.parametrize('options, message', [
+    ([], 'is a detector: give --det-dir DIR'),
+    (['-o', 'x.safetensors'], 'are for classification'),
+    (['--hf-dir', 'x'], 'are for classification'),
+    (['--det-dir', 'x', '--fold'], '--fold is for --onnx'),
+    (['--onnx', 'x.pt'], '.onnx'),
+    (['--torch-export', 'x.pt2', '--data-dir', '.'], 'has 0 images'),
+])
+def test_errors(detector, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(['export', str(detector), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
