@@ -8,7 +8,7 @@ from timm.models import get_model_input_config
 from timm_lean import load_model, save_model, share
 
 FAMILIES = [
-    'resnet18', 'resnet50', 'wide_resnet50_2', 'resnetv2_18', 'seresnet18', 'ecaresnet26t', 'skresnet18', 'vgg11_bn',
+    'resnet18', 'resnet50', 'resnetv2_18', 'seresnet18', 'ecaresnet26t', 'skresnet18', 'vgg11_bn',
     'vgg11',
     'densenet121', 'dla34', 'hrnet_w18_small', 'cspresnet50', 'cspdarknet53', 'darknet53', 'repvgg_a0', 'vovnet39a',
     'ese_vovnet19b_slim', 'selecsls42b', 'inception_v3', 'inception_v4', 'inception_resnet_v2', 'hardcorenas_a',

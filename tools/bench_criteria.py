@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from benchmark import Timing, hardware, interleave, print_timings
+from timing import Timing, hardware, interleave, print_timings
 
 from timm_lean.pruning import CRITERIA, all_scores
 

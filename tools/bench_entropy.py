@@ -43,7 +43,7 @@ class _Decode(Dataset):
         return len(places)
 
 
-def _decode(source: ImageSource, images: int, workers: int, convert: bool) -> None:
+def decode(source: ImageSource, images: int, workers: int, convert: bool) -> None:
     batches = [range(i, min(i + _BATCH, images)) for i in range(0, images, _BATCH)]
     loader = DataLoader(_Decode(source, convert), sampler=batches, batch_size=None, num_workers=workers,
                         collate_fn=_as_is)
@@ -51,7 +51,7 @@ def _decode(source: ImageSource, images: int, workers: int, convert: bool) -> No
         pass
 
 
-def _measure(source: ImageSource, images: int, workers: int, mode: str) -> None:
+def measure(source: ImageSource, images: int, workers: int, mode: str) -> None:
     for _ in _stream(_Measure(source, np.arange(len(source)), mode, 256), range(images), workers, False):
         pass
 
@@ -83,7 +83,7 @@ def memory(source: ImageSource, images: int, workers: int, mode: str) -> tuple[i
     return peaks[0], peaks[1]
 
 
-def _generate(folder: Path, count: int, size: int) -> None:
+def generate(folder: Path, count: int, size: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = rng.integers(0, 256, (max(size // 8, 2), max(size // 8, 2), 3), dtype=np.uint8)
@@ -93,9 +93,9 @@ def _generate(folder: Path, count: int, size: int) -> None:
 def bench(source: ImageSource, args: argparse.Namespace) -> list[dict[str, Any]]:
     images = min(args.images, len(source))
     forms: dict[str, Callable[[], None]] = {
-        'decode': lambda: _decode(source, images, args.workers, True),
-        'load': lambda: _decode(source, images, args.workers, False),
-        **{mode: (lambda mode=mode: _measure(source, images, args.workers, mode)) for mode in args.modes},
+        'decode': lambda: decode(source, images, args.workers, True),
+        'load': lambda: decode(source, images, args.workers, False),
+        **{mode: (lambda mode=mode: measure(source, images, args.workers, mode)) for mode in args.modes},
     }
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for round_ in range(-1, args.repeats):
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             if not args.data_dir:
-                _generate(Path(temporary), min(args.images, 2000), args.size)
+                generate(Path(temporary), min(args.images, 2000), args.size)
             source = open_source(args.data_dir or temporary)
             bench(source, args)
             if args.memory_images:

@@ -8,15 +8,19 @@ the median and the quartiles. The direct computation of all pairs comes after th
 import argparse
 import math
 import statistics
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import Timing, interleave
 
 from timm_lean.regularizers import conv_similarity, create_regularizer, find_filter_banks
 
@@ -96,10 +100,10 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
     def clear() -> None:
         model.zero_grad(set_to_none=True)
 
-    times = _interleaved(works, args.repeats, device, clear)
+    times = _seconds(interleave(works, args.repeats, device, warmup=1, before=clear))
     if args.slow_repeats:  # three orders of magnitude slower, so measured after the rounds and less often
         slow = {'(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]}
-        times.update(_interleaved(slow, args.slow_repeats, device, clear, warm_up=0))
+        times.update(_seconds(interleave(slow, args.slow_repeats, device, warmup=0, before=clear)))
     size = sum(w.numel() * w.element_size() for w in weights)
     base = statistics.median(times['training step'])
     rows = []
@@ -121,31 +125,14 @@ def _width_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str
             ('(b) direct by width', all_pairs_by_conv, args.widths[:3], min(args.repeats, 3))):
         weights = {n: torch.randn(n, args.channels, 3, 3, device=device, requires_grad=True) for n in widths}
         works = {str(n): partial(function, w) for n, w in weights.items()}
-        for label, values in _interleaved(works, repeats, device, lambda: None).items():
+        for label, values in _seconds(interleave(works, repeats, device, warmup=1)).items():
             rows.append({'part': part, 'model': f'{args.channels} channels', 'what': f'{label} filters',
                          **_summary(values), 'us_per_filter': statistics.median(values) * 1e6 / int(label)})
     return rows
 
 
-def _interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device, reset: Callable[[], None],
-                 warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every work, once per round."""
-    times: dict[str, list[float]] = {label: [] for label in works}
-    for i in range(repeats + warm_up):
-        for label, work in works.items():
-            reset()
-            _synchronize(device)
-            start = time.perf_counter()
-            work()
-            _synchronize(device)
-            if i >= warm_up:
-                times[label].append(time.perf_counter() - start)
-    return times
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def _seconds(timings: Sequence[Timing]) -> dict[str, list[float]]:
+    return {t.name: t.seconds for t in timings}
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:
