@@ -171,6 +171,16 @@ def test_layouts_and_dtypes(layout):
     torch.testing.assert_close(odd.grad.float(), plain.grad, rtol=1e-2 if layout == 'bfloat16' else 1e-5, atol=1e-4)
 
 
+def test_a_retained_graph_gives_the_same_gradient_again():
+    weight = torch.randn(6, 4, 3, 3, requires_grad=True)
+    value = conv_similarity(weight)
+    first, = torch.autograd.grad(3 * value, weight, retain_graph=True)
+    second, = torch.autograd.grad(value, weight, retain_graph=True)
+    torch.testing.assert_close(first, 3 * second)
+    with torch.no_grad():
+        assert conv_similarity(weight).item() == value.item()
+
+
 def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     weight = torch.randn(8, 4, 3, 3, requires_grad=True)

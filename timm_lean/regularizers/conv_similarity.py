@@ -121,53 +121,95 @@ def _num_terms(weight: torch.Tensor, groups: int, pairs: str) -> int:
     return max(groups * (n * (n - 1) // 2 if pairs == 'all' else n - 1) * weight.shape[1], 1)
 
 
-# The sum is one operator with a written-out gradient: nothing is kept between forward and backward (recomputing the
-# spectra costs one small product), and torch.compile takes it as it is. Both halves walk over the same chunks.
-
-@torch.library.custom_op('timm_lean::conv_similarity', mutates_args=())
 def _similarity(weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float], adjacent: bool,
                 ) -> torch.Tensor:
-    """`sum_layers factor * CS` of weights `[N, C / groups, kh, kw]` of one device and dtype."""
-    dtype = _compute_dtype(weights[0])
-    result = torch.zeros((), dtype=dtype, device=weights[0].device)
-    with torch.autocast(weights[0].device.type, enabled=False):
-        for factor, pieces, basis in _chunks(weights, groups, factors):
-            _, power = _spectrum(_gather(weights, groups, pieces, dtype), basis)
-            # No term of this product is negative, also in floating point; `||S||^2 - sum ||P||^2` may come out so.
-            result += factor / 2 * power.flatten().dot(_slope(power, adjacent).flatten())
-    return result
+    """`sum_layers factor * CS` of weights `[N, C / groups, kh, kw]` of one device and dtype, differentiable once."""
+    # 16-bit gradients would be rounded before AMP's loss scale or the regularizer's weight is known
+    if torch.compiler.is_compiling() or weights[0].dtype not in (torch.float32, torch.float64):
+        return _operator(list(weights), groups, factors, adjacent)
+    if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in weights):
+        return _value_and_grads(weights, groups, factors, adjacent, None)[0]
+    return _WithGradients.apply(groups, factors, adjacent, *weights)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Value and gradients in one pass: most of the work is the same, and backward has only to scale them.
+
+    They are held from forward to backward, one copy of the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, groups, factors, adjacent, *weights):
+        ctx.arguments = groups, factors, adjacent
+        ctx.save_for_backward(*weights)
+        value, ctx.grads = _value_and_grads(weights, groups, factors, adjacent, 1.)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # they were scaled in place: a second backward of a retained graph
+            groups, factors, adjacent = ctx.arguments
+            grads = _value_and_grads(ctx.saved_tensors, groups, factors, adjacent, grad)[1]
+        else:
+            torch._foreach_mul_(grads, grad)
+        return None, None, None, *grads
+
+
+# For torch.compile the sum is one operator with a written-out gradient, which keeps nothing and computes twice.
+
+@torch.library.custom_op('timm_lean::conv_similarity', mutates_args=())
+def _operator(weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float], adjacent: bool,
+              ) -> torch.Tensor:
+    """`_similarity`, whose gradient is the other operator."""
+    return _value_and_grads(weights, groups, factors, adjacent, None)[0]
 
 
 @torch.library.custom_op('timm_lean::conv_similarity_grad', mutates_args=())
-def _similarity_grad(
+def _operator_grad(
         grad: torch.Tensor, weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float],
         adjacent: bool,
 ) -> list[torch.Tensor]:
     """The gradient of `_similarity`, a tensor like each weight."""
+    return _value_and_grads(weights, groups, factors, adjacent, grad)[1]
+
+
+def _value_and_grads(
+        weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float], adjacent: bool,
+        scale: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sum, and its gradient times a scale, a tensor like each weight; no gradient if there is no scale."""
     dtype = _compute_dtype(weights[0])
-    grads = [_like(w) for w in weights]
+    value = torch.zeros((), dtype=dtype, device=weights[0].device)
+    grads = [] if scale is None else [_like(w) for w in weights]
     with torch.autocast(weights[0].device.type, enabled=False):
         for factor, pieces, basis in _chunks(weights, groups, factors):
             filters = _gather(weights, groups, pieces, dtype)
             waves, power = _spectrum(filters, basis)
-            slope = _slope(power, adjacent).flatten(1)
-            scale = grad * (2 * factor)  # d/d waves = 2 waves * d/d power
+            slope = _slope(power, adjacent)
+            # No term of this product is negative, also in floating point; `||S||^2 - sum ||P||^2` may come out so.
+            value += factor / 2 * power.flatten().dot(slope.flatten())
+            if scale is None:
+                continue
+            slope = slope.flatten(1)
+            times = scale * (2 * factor)  # d/d waves = 2 waves * d/d power
             if basis is None:
-                out = slope.mul_(waves).mul_(scale).T
+                out = slope.mul_(waves).mul_(times).T
             else:
                 waves[:len(slope)] *= slope
                 waves[len(slope):] *= slope[1:]
-                out = ((basis * scale).T @ waves).T
+                out = ((basis * times).T @ waves).T
             _scatter(grads, groups, pieces, out.view(filters.shape))
-    return grads
+    return value, grads
 
 
-@_similarity.register_fake
+@_operator.register_fake
 def _(weights, groups, factors, adjacent):
     return weights[0].new_empty((), dtype=_compute_dtype(weights[0]))
 
 
-@_similarity_grad.register_fake
+@_operator_grad.register_fake
 def _(grad, weights, groups, factors, adjacent):
     return [_like(w) for w in weights]
 
@@ -178,10 +220,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return _similarity_grad(grad, list(ctx.saved_tensors), *ctx.arguments), None, None, None
+    return _operator_grad(grad, list(ctx.saved_tensors), *ctx.arguments), None, None, None
 
 
-_similarity.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 # A piece is (layer, groups from .. to, channels from .. to); its columns are independent of all others.
