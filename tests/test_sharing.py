@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.fx
 import torch.nn as nn
 from conftest import randomize_batchnorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lean import LeanError, fold, load_model, save_model, share
 from timm_lean.checkpoint import save_hf_dir
-from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers import FilterBasis, SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer
 from timm_lean_cli import main
@@ -125,6 +127,45 @@ def test_bias_stays():
         assert relative(fold(new)(x), model(x)) < 1e-4
     name = new.share_report.layers[0].name
     assert torch.equal(new.get_submodule(name).coeff.bias, model.get_submodule(name).bias)
+
+
+def test_large_batches_are_computed_by_the_composed_kernel():
+    """The same function and gradients; which form runs is read off the operations."""
+    torch.manual_seed(0)
+    basis = FilterBasis(24, 8, 3, dtype=torch.float64)
+    layer = SharedBasisConv2d(8, 16, 3, basis, 2, stride=2, norm_layer=None, bias=True, dtype=torch.float64)
+    torch.nn.init.normal_(layer.coeff.bias)
+    x = torch.randn(6, 8, 24, 24, dtype=torch.float64)
+    results = []
+    for hooked in (False, True):
+        if hooked:
+            layer.coeff.register_forward_hook(lambda *_: None)  # needs the coefficients to run by themselves
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        y.square().sum().backward()
+        results.append((counter.get_total_flops() // 2, y, *(p.grad for p in layer.parameters())))
+        layer.zero_grad()
+    places = 6 * 12 * 12
+    assert results[0][0] == places * 16 * 72 + 16 * 26 * 72
+    assert results[1][0] == places * 26 * (72 + 16)
+    for a, b in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(a, b)
+    layer.coeff._forward_hooks.clear()
+    with FlopCounterMode(display=False) as counter:
+        layer(x[:1, :, :4, :4])  # too small to be worth it
+    assert counter.get_total_flops() // 2 == 4 * 26 * (72 + 16)
+
+
+def test_converted_networks_trace_compile_and_export():
+    model = share(network(), shared_rank=40).eval()
+    x = X[:2].expand(2, -1, -1, -1)
+    with torch.no_grad():
+        expected = model(x)
+        assert relative(torch.fx.symbolic_trace(model.get_submodule('layer1.1.conv1'))(torch.ones(8, 16, 32, 32)),
+                        model.get_submodule('layer1.1.conv1')(torch.ones(8, 16, 32, 32))) < 1e-5
+        assert relative(torch.compile(model, backend='aot_eager')(x), expected) < 1e-5
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+        assert relative(program.module()(X), model(X)) < 1e-5
 
 
 def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):

@@ -11,6 +11,7 @@ itself only at the first of its places; that is what plain `safetensors.torch.sa
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -93,8 +94,9 @@ class SharedBasisConv2d(nn.Module):
     With groups, where those of both banks agree, the order is [unique | shared] within each group.
 
     The whole chain `filters -> BN -> coefficients` is linear in eval mode and equals one dense convolution with bias
-    (`dense_weight_bias`). Without coefficients and BN the layer is a plain convolution whose weight is shared
-    ("Shared" and "Shared++" in the paper).
+    (`dense_weight_bias`). Without BN that holds in training mode too, and the layer computes itself so where it is cheaper.
+    Without coefficients and BN the layer is a plain convolution whose weight is shared ("Shared" and "Shared++" in the
+    paper).
 
     Args:
         in_channels: Channels of the input.
@@ -186,7 +188,32 @@ class SharedBasisConv2d(nn.Module):
         return [bank for bank in (self.unique, self.basis) if bank is not None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_cheaper_composed(x):
+            return self._composed(x)
         return self.coeff(self.bn(self._convolve(x)))
+
+    def _is_cheaper_composed(self, x: torch.Tensor) -> bool:
+        """Whether to multiply coefficients and filters first and convolve once, by counting multiplications.
+
+        Possible without normalization only (converted networks), and left alone where nothing may depend on sizes.
+        """
+        coeff = self.coeff
+        if not isinstance(self.bn, nn.Identity) or not isinstance(coeff, nn.Conv2d):
+            return False
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if coeff._forward_hooks or coeff._forward_pre_hooks or any(bank.groups > 1 for bank in self.banks()):
+            return False
+        places = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+        rank, out, dim = coeff.in_channels, self.out_channels, self.in_channels * self.kernel_size[0] ** 2
+        return places * (rank * (dim + out) - out * dim) > out * rank * dim
+
+    def _composed(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.coeff, nn.Conv2d)
+        with torch.autocast(x.device.type, enabled=False):  # the sum over the filters in full precision
+            filters = torch.cat([bank.weight for bank in self.banks()])
+            weight = (self.coeff.weight.flatten(1) @ filters.flatten(1)).view(-1, *filters.shape[1:])
+        return F.conv2d(x, weight, self.coeff.bias, self.stride, self.padding, self.dilation)
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         unique, basis = self.unique, self.basis
