@@ -94,8 +94,8 @@ class SharedBasisConv2d(nn.Module):
     With groups, where those of both banks agree, the order is [unique | shared] within each group.
 
     The whole chain `filters -> BN -> coefficients` is linear in eval mode and equals one dense convolution with bias
-    (`dense_weight_bias`). Without BN that holds in training mode too, and where it is cheaper it is computed so. Without
-    coefficients and BN the layer is a plain convolution whose weight is shared ("Shared" and "Shared++" in the paper).
+    (`dense_weight_bias`). Without BN that holds in training mode too, and where it is cheaper it is computed so.
+    Without coefficients and BN it is a plain convolution whose weight is shared ("Shared" and "Shared++" in the paper).
 
     Args:
         in_channels: Channels of the input.
