@@ -158,6 +158,12 @@ def coco(tmp_path):
     return root
 
 
+def test_a_dict_in_cfg_options_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        launch.train_main([str(SHARED), '--cfg-options', "custom_hooks=[dict(type='SafetensorsHook')]"])
+    assert 'Put a dict into a config file' in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(tmp_path, coco, capsys):
     def message(*args):
         assert launch.train_main([*map(str, args), '--work-dir', str(tmp_path / 'run')]) == 2

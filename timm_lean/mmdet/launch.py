@@ -136,7 +136,11 @@ def _open(args: argparse.Namespace) -> Config:
 def _run(
         parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None],
 ) -> int:
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except RecursionError:  # MMEngine's parser, at a dict
+        parser.error('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a '
+                     'config file, or set its keys one by one.')
     try:
         work(args)
     except LeanError as e:
