@@ -158,9 +158,10 @@ def coco(tmp_path):
     return root
 
 
-def test_a_dict_in_cfg_options_is_refused(capsys):
+@pytest.mark.parametrize('value', ["[dict(type='SafetensorsHook')]", "[dict(type='SafetensorsHook',interval=2)]"])
+def test_a_dict_in_cfg_options_is_refused(capsys, value):
     with pytest.raises(SystemExit):
-        launch.train_main([str(SHARED), '--cfg-options', "custom_hooks=[dict(type='SafetensorsHook')]"])
+        launch.train_main([str(SHARED), '--cfg-options', f'custom_hooks={value}'])
     assert 'Put a dict into a config file' in capsys.readouterr().err
 
 

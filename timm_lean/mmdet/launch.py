@@ -24,6 +24,9 @@ from .settings import open_config, set_data_root
 
 __all__ = ['main_message', 'prepare', 'test_main', 'train_main']
 
+_NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config file, '
+             'or set its keys one by one.')
+
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`tools/train_det.py`; returns the exit code."""
@@ -138,9 +141,10 @@ def _run(
 ) -> int:
     try:
         args = parser.parse_args(argv)
-    except RecursionError:  # MMEngine's parser, at a dict
-        parser.error('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a '
-                     'config file, or set its keys one by one.')
+    except RecursionError:  # MMEngine's parser, at a dict with a comma
+        parser.error(_NO_DICTS)
+    if 'dict(' in str(args.cfg_options or ''):  # one without is a string to it
+        parser.error(_NO_DICTS)
     try:
         work(args)
     except LeanError as e:
