@@ -21,6 +21,7 @@ from timm_lean.mmdet import TimmBackbone, export_detector, launch, load_detector
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
 from timm_lean.mmdet.settings import parse_config
+from timm_lean.pruning import KernelPruner
 
 MMDET_TOOLS = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim' / 'tools'
 BCCD = SHARED.parents[1] / 'bccd' / 'retinanet_resnet34_bccd.py'
@@ -282,11 +283,19 @@ def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
+    config = tmp_path / 'pruned.py'
+    config.write_text(f"""_base_ = {str(SHARED)!r}
+custom_hooks = [
+    dict(type='timm_lean.RegularizerHook', regularizers=[dict(type='basis_ortho', weight=10)]),
+    dict(type='timm_lean.KernelPruningHook', amount=0.5),
+    dict(type='timm_lean.SafetensorsHook')]
+""")
     code, output = run(
-        '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}', TOOLS / 'train_det.py', SHARED,
+        '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}', TOOLS / 'train_det.py', config,
         '--launcher', 'pytorch', *option_list(tmp_path), 'train_dataloader.batch_size=2')
     assert code == 0, output[-3000:]
     state = torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=False)
     assert state['meta']['iter'] == 2  # 8 images, 2 processes with 2 each
     assert np.isfinite(state['message_hub']['log_scalars']['train/loss_basis_ortho'].data[0]).all()
-    assert (tmp_path / 'run' / 'best.safetensors').is_file()
+    pruned = load_detector(tmp_path / 'run' / 'best.safetensors')
+    assert KernelPruner(pruned.backbone, 'weight', amount=0., again=True).report.share == pytest.approx(0.5, abs=0.01)

@@ -24,8 +24,8 @@ from .settings import open_config, set_data_root
 
 __all__ = ['main_message', 'prepare', 'test_main', 'train_main']
 
-_NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config file, '
-             'or set its keys one by one.')
+_NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config '
+             'file, or set its keys one by one.')
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
