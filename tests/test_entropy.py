@@ -305,6 +305,39 @@ def test_two_processes_give_the_answer_of_one(folder, tmp_path):
         assert json.loads((tmp_path / f'{rank}.json').read_text()) == json.loads(json.dumps([*single, str(e.value)]))
 
 
+# --- JPEG -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['RGB', 'L', 'CMYK', 'progressive', '420', 'large'])
+@pytest.mark.parametrize('mode', ['pooled', 'per_channel', 'grayscale', 'joint'])
+def test_every_kind_of_jpeg_is_what_pil_decodes(tmp_path, kind, mode):
+    smooth = Image.fromarray(random_image(0, (8, 12))).resize((250, 130) if kind == 'large' else (45, 30))
+    options = {'progressive': dict(progressive=True), '420': dict(subsampling=2)}.get(kind, {})
+    smooth.convert(kind if kind in ('L', 'CMYK') else 'RGB').save(tmp_path / 'a.jpg', quality=85, **options)
+    with Image.open(tmp_path / 'a.jpg') as image:
+        decoded = image if kind == 'L' else image.convert('RGB')
+        decoded.load()
+    measured, expected = dataset_entropy(tmp_path, mode=mode), dataset_entropy([decoded], mode=mode)
+    assert measured.nats == expected.nats
+    assert (measured.image_size, measured.formats) == (expected.image_size, expected.formats)
+    if mode == 'pooled':
+        assert measured.nats == pytest.approx(reference(np.asarray(decoded)), rel=1e-12)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b[:len(b) // 2] + b[-2:], lambda b: b[:30]])
+def test_a_damaged_jpeg_is_reported_as_pil_does(tmp_path, damage):
+    """Cut off, also with its end marker; what PIL decodes all the same is measured."""
+    Image.fromarray(random_image(0, (64, 64))).save(tmp_path / 'a.jpg')
+    (tmp_path / 'a.jpg').write_bytes(damage((tmp_path / 'a.jpg').read_bytes()))
+    try:
+        with Image.open(tmp_path / 'a.jpg') as image:
+            image.load()
+    except OSError:
+        with pytest.raises(LeanError, match=r'a\.jpg'):
+            dataset_entropy(tmp_path)
+    else:
+        assert dataset_entropy(tmp_path).nats == dataset_entropy([image]).nats
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 def test_an_unreadable_image_is_named_or_skipped(folder):

@@ -3,7 +3,7 @@
     python tools/benchmark.py entropy --data-dir DIR --workers 2
     python tools/benchmark.py entropy                               # on generated JPEG images
 
-Anchors, in the same data loader and batches: `decode`, what timm's and torchvision's image folders do per image
+Anchors, by PIL in the same data loader and batches: `decode`, what timm's and torchvision's image folders do per image
 (`Image.open(path).convert('RGB')`, pixels left where they are), and `load`, the same without the conversion. A ratio of
 0.9 says that entropy takes 1 / 0.9 of the anchor's time. Memory is the largest of the process and its workers over
 50,000 images, in the first and in the last tenth.

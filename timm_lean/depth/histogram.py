@@ -148,15 +148,24 @@ def histograms(pixels: Pixels, mode: str, bins: int) -> np.ndarray:
     image, rows = pixels.image, pixels.channels if mode == 'per_channel' else 1
     if rows > MAX_CHANNELS:
         raise ValueError(f'per_channel takes at most {MAX_CHANNELS} channels, got {rows}')
-    if image is not None and bins == 256:
-        if rows == 1 and pixels.width * pixels.height * pixels.channels <= _SMALL:
-            return np.bincount(np.frombuffer(image.tobytes(), np.uint8), minlength=256)[None]
+    if pixels.depth == '8-bit' and bins == 256:
+        if rows == 1 and (image is None or pixels.width * pixels.height * pixels.channels <= _SMALL):
+            return _count_bytes(pixels.array().ravel())[None]
+        if image is None:
+            return np.stack([_count_bytes(np.ascontiguousarray(column)) for column in pixels.array().T])
         counts = np.array(image.histogram()).reshape(pixels.channels, 256)
         return counts if rows > 1 else counts.sum(0, keepdims=True)
     indices = _quantize(pixels.array(), pixels.depth, bins)
     if rows == 1:
         return np.bincount(indices.ravel(), minlength=bins)[None]
     return np.stack([np.bincount(indices[:, c], minlength=bins) for c in range(rows)])
+
+
+def _count_bytes(values: np.ndarray) -> np.ndarray:
+    """The histogram `[256]` of uint8 values `[N]`."""
+    if len(values) <= _SMALL:
+        return np.bincount(values, minlength=256)
+    return np.array(Image.frombuffer('L', (len(values), 1), values, 'raw', 'L', 0, 1).histogram())
 
 
 def joint_counts(pixels: Pixels, bins: int) -> np.ndarray:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import decode_jpeg
 
 from timm_lean.errors import LeanError
 
@@ -206,7 +208,7 @@ def _images_of(names: Sequence[str], where: str) -> set[str]:
         + f'images end in {", ".join(IMAGE_SUFFIXES)}.')
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str) -> Any:
     if path.lower().endswith(VIDEO_SUFFIXES):
         raise ValueError('a video; extract frames first')
     handle = os.open(path, os.O_RDONLY)
@@ -219,7 +221,16 @@ def _open(path: str) -> Image.Image:
     return _identify(content) if content or not size else Image.open(path)
 
 
-def _identify(content: bytes) -> Image.Image:
+def _identify(content: bytes) -> Any:
+    """A decoded tensor `[C, H, W]` of a plain JPEG, by torchvision in half the time; a PIL image of all else."""
+    # a JPEG that does not end in its end marker is cut off, which torchvision would pass over
+    if content[:2] == b'\xff\xd8' and content[-2:] == b'\xff\xd9':
+        try:
+            decoded = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            if len(decoded) in (1, 3):
+                return decoded
+        except RuntimeError:
+            pass  # a kind it does not know, or broken; PIL takes it or says why not
     try:
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError as e:
