@@ -172,7 +172,9 @@ def joint_counts(pixels: Pixels, bins: int) -> np.ndarray:
     """How often each colour (combination of the channels' bins) of an image occurs, `[1, colours]`."""
     if bins ** pixels.channels >= 2 ** 63:
         raise ValueError(f'{pixels.channels} channels of {bins} bins are too many for joint entropy; lower bins')
-    indices = _quantize(pixels.array(), pixels.depth, bins).astype(np.int64)
+    # half the width sorts several times as fast
+    indices = _quantize(pixels.array(), pixels.depth, bins).astype(
+        np.uint32 if bins ** pixels.channels <= 2 ** 32 else np.int64)
     code = indices[:, 0]
     for c in range(1, pixels.channels):
         code = code * bins + indices[:, c]
