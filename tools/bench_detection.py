@@ -13,6 +13,7 @@ import argparse
 import copy
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
-from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import peak_bytes, synchronize
 
 from timm_lean.mmdet import KernelPruningHook, RegularizerHook
 from timm_lean.mmdet.detector import build_detector
@@ -152,28 +155,6 @@ def make_batch(batch_size: int, size: int) -> dict[str, list[Any]]:
         samples.append(sample)
     images = [torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8)) for _ in samples]
     return dict(inputs=images, data_samples=samples)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes held at once in an iteration beyond those held before."""
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        step()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:

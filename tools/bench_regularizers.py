@@ -17,10 +17,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import Timing, interleave
+from timing import Timing, interleave, peak_bytes
 
 from timm_lean.regularizers import conv_similarity, create_regularizer, find_filter_banks
 
@@ -112,7 +111,7 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
         row['share'] = statistics.median(values) / base
         if label in labels:
             clear()
-            row['weights_x'] = _peak_extra_bytes(works[label], device) / size
+            row['weights_x'] = peak_bytes(works[label], device) / size
         rows.append(row)
     return rows
 
@@ -139,23 +138,6 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
     ms = [s * 1e3 for s in seconds]
     q1, _, q3 = statistics.quantiles(ms, n=4, method='inclusive') if len(ms) > 1 else (ms[0],) * 3
     return {'ms': statistics.median(ms), 'q1': q1, 'q3': q3, 'repeats': len(ms)}
-
-
-def _peak_extra_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes held at once beyond those held before."""
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        work()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass
@@ -77,3 +78,20 @@ def print_timings(title: str, timings: Sequence[Timing], anchors: Sequence[str])
               + ''.join(f'{r:>15.3f}x' for r in ratios.values()))
         rows.append({'table': title, 'form': t.name, 'ms': 1000 * t.median, 'spread_ms': 1000 * t.spread, 'vs': ratios})
     return rows
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes held at once beyond those held before."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        work()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
 from timm_lean.errors import LeanError
+
+from ._classifier import ClassifierNet
 
 __all__ = ['MAX_STAGES', 'StagedNet', 'check_layers']
 
 MAX_STAGES = 5
 
 
-class StagedNet(nn.Module):
+class StagedNet(ClassifierNet):
     """Convolutional network of up to five stages; from the second stage on each halves the resolution.
 
     Args:
@@ -99,32 +100,6 @@ class StagedNet(nn.Module):
     def stages(self) -> list[nn.Sequential]:
         """The stages there are."""
         return [getattr(self, f'layer{i + 1}') for i in range(MAX_STAGES) if hasattr(self, f'layer{i + 1}')]
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory by recomputing the blocks' activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier module."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; the pooling type is kept if `global_pool` is None."""
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
 
     def forward_intermediates(
             self,
@@ -206,16 +181,6 @@ class StagedNet(nn.Module):
         else:
             x = self._run_stages(x)
         return self.act2(self.bn2(self.conv_head(x)))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features to logits `[B, num_classes]`, or to what the classifier would see."""
-        x = self.global_pool(x)
-        if self.drop_rate > 0.:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def check_layers(layers: Sequence[int], **others: Sequence[int] | int) -> None:

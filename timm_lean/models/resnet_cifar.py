@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock
 
 from timm_lean.export import fold
 
+from ._classifier import ClassifierNet
 from ._sharing import check_ranks, share_filter_basis
 
 __all__ = ['CifarResNet']
@@ -38,7 +39,7 @@ class ZeroPadShortcut(nn.Module):
         return F.pad(x[:, :, ::self.stride, ::self.stride], self.padding)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ClassifierNet):
     """Residual network of basic blocks for small images; the stem does not reduce the resolution.
 
     Args:
@@ -124,32 +125,6 @@ class CifarResNet(nn.Module):
     def _stages(self) -> list[nn.Sequential]:
         return [getattr(self, name) for name in self.stage_names]
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory by recomputing the blocks' activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier module."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; the pooling type is kept if `global_pool` is None."""
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -212,16 +187,6 @@ class CifarResNet(nn.Module):
                 if name.startswith('layer'):
                     x = stage(x)
         return x
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features to logits `[B, num_classes]`, or to what the classifier would see."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
