@@ -11,10 +11,10 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 import timm_lean_cli
-from timm_lean import LeanError, fold, load_model, save_model
+from timm_lean import LeanError, fold, load_model, save_model, share
 from timm_lean.export import auto, command, forms
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.pruning import prune_kernels
+from timm_lean.pruning import KernelPruner, prune_kernels
 
 
 def small(**kwargs):
@@ -73,6 +73,33 @@ def test_shared_model_exports_unfolded_and_each_basis_once(tmp_path, digits):
     graph = onnx.load(tmp_path / 'a.onnx')
     onnx.checker.check_model(graph)
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param, 'the batch size is dynamic'
+
+
+@pytest.mark.parametrize('name', [
+    'resnet20_cifar', *(pytest.param(n, marks=pytest.mark.slow) for n in (
+        'resnet18', 'vgg11_bn', 'densenet121', 'repvgg_a0', 'cspdarknet53', 'efficientnet_es', 'inception_v3'))])
+def test_share_prune_finetune_fold_save_load_onnx(name, tmp_path):
+    torch.manual_seed(0)
+    model = share(randomize_batchnorm(timm.create_model(name, num_classes=5)), energy=0.8, unique_rank=1)
+    pruner = KernelPruner(model, 'spectral_norm', amount=0.3)
+    pruner.prune()
+    size = {'resnet20_cifar': 32, 'inception_v3': 96}.get(name, 64)
+    x = torch.randn(4, 3, size, size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    for _ in range(2):
+        output = model.train()(x)
+        (output[0] if isinstance(output, tuple) else output).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert KernelPruner(model, 'weight', amount=0., again=True).report.share >= 0.29
+    folded = fold(model.eval())
+    save_model(folded, tmp_path / 'a.safetensors')
+    loaded = load_model(tmp_path / 'a.safetensors').eval()
+    forms.save_onnx(loaded, x, tmp_path / 'a.onnx')
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(loaded(x), folded(x))
+    np.testing.assert_allclose(onnx_output(tmp_path / 'a.onnx', x), expected, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize('batch', [1, 4])
