@@ -90,3 +90,12 @@ def test_fine_tunes_by_its_own_config(trained, tmp_path):
         prune_detector(tmp_path / 'run' / 'last.safetensors', tmp_path / 'q.safetensors')
     again = prune_detector(out, tmp_path / 'q.safetensors', ratio=0.5, round_to=4, again=True)
     assert sum(again.backbone.out_channels) < sum(pruned.backbone.out_channels)
+
+
+def test_a_detector_without_a_neck_is_refused(trained, tmp_path, monkeypatch):
+    model = load_detector(trained)
+    model.neck = None
+    monkeypatch.setattr('timm_lean.mmdet.prune.load_detector', lambda source: model)
+    with pytest.raises(LeanError, match='no neck between backbone and heads'):
+        prune_detector(trained, tmp_path / 'p.safetensors')
+    assert not list(tmp_path.iterdir())

@@ -114,7 +114,7 @@ def analyze_criteria(model: nn.Module, threshold: float = 1e-4, ignore: Patterns
     """
     if not threshold >= 0:
         raise LeanError(f'A pruning threshold must be at least 0, got {threshold!r}.')
-    banks = find_filter_banks(model, exclude=ignore, user='The analysis of criteria')
+    banks = find_filter_banks(model, exclude=ignore, user='The analysis of criteria', exclude_name='ignore')
     banks = [bank for bank in banks if bank.weight.shape[2] == bank.weight.shape[3]]
     if not banks:
         raise LeanError('The analysis of criteria needs square kernels, and the model has none.')

@@ -109,7 +109,7 @@ class KernelPruner:
                             'again=True (--again).')
         self.scope, self.min_keep, self.seed = scope, min_keep, seed
         self.model = model
-        self.banks = find_filter_banks(model, exclude=ignore, user='Kernel pruning')
+        self.banks = find_filter_banks(model, exclude=ignore, user='Kernel pruning', exclude_name='ignore')
         check_finite(self.banks, 'Kernel pruning')
         for bank in self.banks:  # fails now, not in the first update
             self._score(bank, bank.weight[:1, :1])
