@@ -102,6 +102,14 @@ def shared_bases(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     return rows + ratios(forms, [(first, plain), (folded, plain)], args.repeats, x.device)
 
 
+def conversion(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
+    dense = timm.create_model('resnet18')
+    converted = timm_lean.share(dense, params=0.5)
+    ours, anchor = 'training step of resnet18, converted to half its parameters', 'training step of resnet18'
+    return ratios({ours: training_step(converted, x), anchor: training_step(dense, x)}, [(ours, anchor)], args.repeats,
+                  x.device)
+
+
 def regularizers(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     model = timm.create_model('resnet50')
     step = 'training step of resnet50'
@@ -151,7 +159,7 @@ def run(args: argparse.Namespace) -> Iterator[Ratio]:
     device = resolve_device(args.device)
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    for part in (shared_bases, regularizers, criteria, channel_pruning, entropy):
+    for part in (shared_bases, conversion, regularizers, criteria, channel_pruning, entropy):
         yield from part(args, x)
 
 
