@@ -8,14 +8,11 @@ from timm.models import get_model_input_config
 from timm_lean import LeanError, load_model, save_model, share
 
 FAMILIES = [
-    'resnet18', 'resnet50', 'resnetv2_18', 'seresnet18', 'ecaresnet26t', 'skresnet18', 'vgg11_bn',
-    'vgg11',
+    'resnet18', 'resnet50', 'resnetv2_18', 'seresnet18', 'ecaresnet26t', 'skresnet18', 'vgg11_bn', 'vgg11',
     'densenet121', 'dla34', 'hrnet_w18_small', 'cspresnet50', 'cspdarknet53', 'darknet53', 'repvgg_a0', 'vovnet39a',
-    'ese_vovnet19b_slim', 'selecsls42b', 'inception_v3', 'inception_v4', 'inception_resnet_v2',
-    'efficientnet_es', 'gernet_s', 'hgnet_tiny', 'hgnetv2_b0', 'resnet20_cifar', 'legacy_seresnet18',
+    'ese_vovnet19b_slim', 'selecsls42b', 'inception_v3', 'inception_v4', 'inception_resnet_v2', 'efficientnet_es',
+    'gernet_s', 'hgnet_tiny', 'hgnetv2_b0', 'resnet20_cifar', 'legacy_seresnet18',
 ]
-
-
 NOTHING_TO_SHARE = ['hardcorenas_a', 'fbnetc_100', 'mobilenetv2_100', 'regnetx_002', 'convnext_atto', 'resnext50_32x4d']
 """Only 1 x 1, grouped and depthwise convolutions, or no two of one shape in a stage."""
 
