@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import randomize_batchnorm
 
 from timm_lean import CheckpointError, LeanError, load_model, save_model
-from timm_lean.checkpoint import read_header, save_hf_dir
+from timm_lean.checkpoint.format import read_header, save_hf_dir
+from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import kernel_scores
-from timm_lean.recipe import Recipe, build, recipe_of
 
 tp = pytest.importorskip('torch_pruning')
 channels = pytest.importorskip('timm_lean.pruning.channels')

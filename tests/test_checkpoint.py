@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 import timm_lean.checkpoint
 from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
-from timm_lean.checkpoint import load_any, read_header, save_hf_dir
+from timm_lean.checkpoint.format import load_any, read_header, save_hf_dir
+from timm_lean.checkpoint.recipe import Recipe, recipe_of
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.recipe import Recipe, recipe_of
 
 
 def model_of(name: str, **kwargs) -> nn.Module:

@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, load_model, save_model
-from timm_lean.checkpoint import save_hf_dir
+from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import prune_kernels
 

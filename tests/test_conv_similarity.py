@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from timm_lean import LeanError
+from timm_lean.layers.filter_banks import find_filter_banks
 from timm_lean.regularizers import (
     ConvSimilarity,
     conv_similarity,
     create_regularizer,
-    find_filter_banks,
     initialize_conv_similarity,
 )
 

@@ -18,7 +18,6 @@ from timm_lean import load_model, save_model
 from timm_lean.depth import (
     Budget,
     bounded_model,
-    conv_depth,
     dataset_entropy,
     depth_bound,
     list_families,
@@ -26,16 +25,25 @@ from timm_lean.depth import (
     register_rule,
 )
 from timm_lean.depth import bound as bound_module
-from timm_lean.depth.command import depth_command
-from timm_lean.depth.conv_depth import module_depths
 from timm_lean.depth.family import FAMILIES, default_baseline, describe_member
-from timm_lean.depth.identity import identity_ratios, near_identity_share
-from timm_lean.depth.steptime import measure_steps
-from timm_lean.depth.verify import Run, Sweep, compare, default_depths, format_sweep, report_sweep, run_sweep, summarize
 from timm_lean.errors import LeanError
-from timm_lean.report import count_macs, count_params
+from timm_lean.measure.conv_depth import conv_depth, module_depths
+from timm_lean.measure.identity import identity_ratios, near_identity_share
+from timm_lean.measure.report import count_macs, count_params
+from timm_lean.measure.steptime import measure_steps
 from timm_lean.training import TrainConfig
 from timm_lean.training.config import load_yaml
+from timm_lean.training.depth_sweep import (
+    Run,
+    Sweep,
+    compare,
+    default_depths,
+    format_sweep,
+    report_sweep,
+    run_sweep,
+    summarize,
+)
+from timm_lean_cli.depth import depth_command
 
 # --- bound ------------------------------------------------------------------------------------------------------------
 
@@ -395,7 +403,7 @@ def test_command_bad_input(kwargs, words, tmp_path, monkeypatch):
 def test_the_command_line_measures_the_digits(capsys):
     from sklearn.datasets import load_digits
 
-    from timm_lean_cli import main
+    from timm_lean_cli.arguments import main
     assert main(['depth', '--no-step-time', '--budget', '20k', '--workers', '0', '--json']) == 0
     report = json.loads(capsys.readouterr().out)
     assert 0 < report['entropy']['count'] < len(load_digits().images)
@@ -407,7 +415,7 @@ def test_the_command_line_measures_the_digits(capsys):
 
 
 def test_written_config_of_gray_images_trains(tmp_path: Path):
-    from timm_lean_cli import main
+    from timm_lean_cli.arguments import main
     file = tmp_path / 'd.yaml'
     assert main(['depth', '--data', 'digits', '--budget', '4k', '--no-step-time', '--write-config', str(file)]) == 0
     assert main(['train', '--config', str(file), '--epochs', '1', '--output', str(tmp_path / 'run'),

@@ -17,7 +17,7 @@ from timm_lean.regularizers import create_regularizer
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.distillation import DistilledTask, load_teacher
 from timm_lean.training.engine import Trainer
-from timm_lean_cli import main
+from timm_lean_cli.arguments import main
 
 CPU = torch.device('cpu')
 NARROW = dict(layers=[2, 1, 1], channels=[8, 8, 8], shared_rank=4, unique_rank=1)

@@ -14,12 +14,12 @@ from conftest import randomize_batchnorm
 from timm.utils import ModelEmaV3
 
 from timm_lean import LeanError, load_model, save_model
-from timm_lean.checkpoint import save_hf_dir
+from timm_lean.checkpoint.format import save_hf_dir
+from timm_lean.checkpoint.recipe import recipe_of
 from timm_lean.layers import FilterBasis
 from timm_lean.pruning import CRITERIA, KernelPruner, PruneSchedule, kernel_scores, plot_report, prune_kernels
 from timm_lean.pruning.analysis import THRESHOLDS, analyze_criteria
-from timm_lean.pruning.command import analyze_command, prune_command
-from timm_lean.recipe import recipe_of
+from timm_lean_cli.prune import analyze_command, prune_command
 
 
 def thin(**kwargs) -> nn.Module:

@@ -10,9 +10,9 @@ import torch
 from timm.models.resnet import Bottleneck
 
 from timm_lean import fold, load_model, save_model
+from timm_lean.checkpoint.recipe import recipe_of
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.recipe import recipe_of
 
 FAMILIES = {
     'lean_resnet': dict(layers=[2, 1], widths=[12, 20]),

@@ -8,7 +8,7 @@ from mmdet_support import SHARED, batch, losses_of, open_config, predictions_of
 from safetensors.torch import save_file
 
 from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
-from timm_lean.checkpoint import save_hf_dir
+from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
 from timm_lean.mmdet.prune import prune_detector

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_lean import doctor
+from timm_lean_cli import doctor
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ('mmengine', 'mmcv', 'mmdet'))
 

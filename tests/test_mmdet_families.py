@@ -18,7 +18,8 @@ import torch
 pytest.importorskip("mmcv")
 pytest.importorskip("mmdet")
 
-from timm_lean.mmdet import compat, ops
+from timm_lean import mmcv_ext as ops
+from timm_lean.mmdet import compat
 
 ops.install()
 compat.apply()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_lean.mmdet import ops
+from timm_lean import mmcv_ext as ops
 
 pytest.importorskip("mmcv")
 ops.install()
@@ -47,7 +47,7 @@ def test_install_imports_nothing_of_mmcv_and_is_idempotent() -> None:
     printed = run_python(
         """
         import sys
-        from timm_lean.mmdet import ops
+        from timm_lean import mmcv_ext as ops
         before = len(sys.meta_path)
         assert ops.install() and ops.install() and ops.installed()
         assert len(sys.meta_path) == before + 1
@@ -60,7 +60,7 @@ def test_install_imports_nothing_of_mmcv_and_is_idempotent() -> None:
 def test_installed_too_late_still_serves_the_next_import() -> None:
     run_python(
         """
-        from timm_lean.mmdet import ops
+        from timm_lean import mmcv_ext as ops
         import mmcv
         try:
             import mmcv.ops
@@ -81,7 +81,7 @@ def test_compiled_extension_wins(tmp_path) -> None:
         f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        from timm_lean.mmdet import ops
+        from timm_lean import mmcv_ext as ops
         assert not ops.install() and not ops.installed()
         assert set(ops.ops_status().values()) == {{ops.COMPILED}}
         import mmcv._ext
@@ -98,7 +98,7 @@ def test_compiled_extension_that_comes_later_wins_too(tmp_path) -> None:
     (tmp_path / "mmcv" / "_ext.py").touch()
     run_python(
         f"""
-        from timm_lean.mmdet import ops
+        from timm_lean import mmcv_ext as ops
         assert ops.install() and ops.installed()
         sys.path.insert(0, {str(tmp_path)!r})
         import mmcv._ext
@@ -113,7 +113,7 @@ def test_without_mmcv_everything_is_missing_and_nothing_breaks() -> None:
         import importlib.util
         real = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *a: None if name == 'mmcv' else real(name, *a)
-        from timm_lean.mmdet import ops
+        from timm_lean import mmcv_ext as ops
         ops.install()
         assert set(ops.ops_status().values()) == {ops.MISSING}
         """

@@ -12,7 +12,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_lean.mmdet import ops
+from timm_lean import mmcv_ext as ops
 
 pytest.importorskip("mmcv")
 ops.install()

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 pytest.importorskip("mmcv")
 pytest.importorskip("mmdet")
 
-from timm_lean.mmdet import compat, ops
+from timm_lean import mmcv_ext as ops
+from timm_lean.mmdet import compat
 
 ops.install()
 compat.apply()

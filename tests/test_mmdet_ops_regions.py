@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from timm_lean.mmdet import ops
+from timm_lean import mmcv_ext as ops
 
 pytest.importorskip("mmcv")
 ops.install()

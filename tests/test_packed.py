@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from timm_lean import CheckpointError, load_model, save_model
-from timm_lean.checkpoint import read_header, save_hf_dir
+from timm_lean.checkpoint.format import read_header, save_hf_dir
+from timm_lean.checkpoint.packing import pack, packed_shapes, unpack
 from timm_lean.pruning import prune_kernels
-from timm_lean.pruning.packing import pack, packed_shapes, unpack
 
 
 def pruned(amount: float, name: str = 'resnet20_cifar', **kwargs) -> nn.Module:

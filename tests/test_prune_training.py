@@ -8,7 +8,7 @@ import torch
 from timm_lean import LeanError, load_model
 from timm_lean.pruning.report import live_kernels
 from timm_lean.training import TrainConfig, train
-from timm_lean_cli import main
+from timm_lean_cli.arguments import main
 
 TINY = dict(model='resnet20_cifar', img_size=8, train_images=256, batch_size=128, workers=0, lr=0.02, device='cpu')
 
@@ -120,7 +120,7 @@ def test_the_command_analyzes(gradual, tmp_path, capsys):
 
 
 def test_the_recipe_is_recorded_once(gradual):
-    from timm_lean.recipe import recipe_of
+    from timm_lean.checkpoint.recipe import recipe_of
     recipe = recipe_of(load_model(gradual / 'run' / 'best.safetensors'))
     step, = json.loads(json.dumps(recipe.steps))
     assert step == {'op': 'prune_kernels', 'criterion': 'spectral_norm', 'amount': 0.7}

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_lean.report import (
+from timm_lean.measure.report import (
     ModelReport,
     count_macs,
     count_params,

@@ -11,11 +11,11 @@ from conftest import randomize_batchnorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lean import LeanError, fold, load_model, save_model, share
-from timm_lean.checkpoint import save_hf_dir
+from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer
-from timm_lean_cli import main
+from timm_lean_cli.arguments import main
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from timm_lean import LeanError, similarity
+from timm_lean import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
-from timm_lean.similarity import feature_similarity, format_similarity, plot_similarity
+from timm_lean.measure import similarity
+from timm_lean.measure.similarity import feature_similarity, format_similarity, plot_similarity
 
 
 def by_definition(maps: np.ndarray) -> float:

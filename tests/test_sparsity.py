@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from timm_lean import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers.filter_banks import find_filter_banks
 from timm_lean.regularizers import (
     L1,
     BasisOrtho,
@@ -16,7 +17,6 @@ from timm_lean.regularizers import (
     Schedule,
     Srip,
     create_regularizer,
-    find_filter_banks,
     list_regularizers,
     list_schedules,
     loss_terms,

@@ -10,8 +10,8 @@ from PIL import Image
 
 import timm_lean_cli
 from timm_lean import LeanError, save_model
-from timm_lean.report import ModelReport
-from timm_lean.tradeoff import pareto_front, plot_tradeoff
+from timm_lean.measure.report import ModelReport
+from timm_lean.measure.tradeoff import pareto_front, plot_tradeoff
 
 
 @pytest.fixture(scope='module')

@@ -373,7 +373,7 @@ def test_conv_similarity_initialization_precedes_training_and_reaches_the_ema(tm
 def test_a_gray_model_is_trained_validated_and_asked_as_it_was_made(cache, tmp_path, capsys):
     from sklearn.datasets import load_digits
 
-    from timm_lean_cli import main
+    from timm_lean_cli.arguments import main
     train(TrainConfig(model='resnet20_cifar', model_args={'in_chans': 1}, img_size=8, epochs=1, train_images=200,
                       batch_size=50, cache=cache, workers=0, device='cpu', output=str(tmp_path / 'run')))
     checkpoint = tmp_path / 'run' / 'last.safetensors'

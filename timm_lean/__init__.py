@@ -2,15 +2,14 @@
 
 Importing this package registers its models with timm.
 """
-from . import models
-from .checkpoint import load_model, save_model
+from . import models, pruning, sharing  # what registers models or recipe steps
+from .checkpoint.format import load_model, save_model
 from .errors import CheckpointError, LeanError
-from .export import fold
 from .regularizers import create_regularizer
-from .sharing import share
+from .sharing import fold, share
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'LeanError', '__version__', 'create_regularizer', 'fold', 'load_model', 'models', 'save_model',
-    'share',
+    'CheckpointError', 'LeanError', '__version__', 'create_regularizer', 'fold', 'load_model', 'models', 'pruning',
+    'save_model', 'share', 'sharing',
 ]

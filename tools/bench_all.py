@@ -30,12 +30,12 @@ from timing import hardware, interleave
 
 import timm_lean
 from timm_lean import LeanError
+from timm_lean.checkpoint.files import atomic_file
 from timm_lean.depth.images import open_source
-from timm_lean.fileio import atomic_file
+from timm_lean.measure.report import count_macs
 from timm_lean.pruning import SpectralImportance, all_scores, prune_channels
 from timm_lean.pruning.graph import build_graph, channel_groups, classifier_modules
 from timm_lean.regularizers import create_regularizer
-from timm_lean.report import count_macs
 from timm_lean.training.device import resolve_device
 
 Forms = dict[str, Callable[[], Any]]

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import Timing, interleave, peak_bytes
 
-from timm_lean.regularizers import conv_similarity, create_regularizer, find_filter_banks
+from timm_lean.layers.filter_banks import find_filter_banks
+from timm_lean.regularizers import conv_similarity, create_regularizer
 
 REGULARIZERS = [('conv_similarity', {}), ('conv_similarity', {'pairs': 'adjacent'}), ('kernel_ortho', {}), ('srip', {}),
                 ('l1', {}), ('group_lasso', {})]

@@ -22,8 +22,8 @@ from PIL import Image
 
 import timm_lean  # noqa: F401  (registers the models)
 from timm_lean import LeanError
+from timm_lean.measure.similarity import feature_similarity
 from timm_lean.regularizers import create_regularizer, initialize_conv_similarity, loss_terms, set_progress
-from timm_lean.similarity import feature_similarity
 
 METHODS = ('baseline', 'reg', 'init', 'kernel_ortho')
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -10,9 +10,9 @@ Measures the training images' entropy, takes the bound, trains the sweep and pri
 import argparse
 
 from timm_lean.depth.bound import DEFAULT_RULE, depth_bound
-from timm_lean.depth.command import open_training_images
 from timm_lean.depth.entropy import dataset_entropy
-from timm_lean.depth.verify import verify_command
+from timm_lean.training.depth_sweep import verify_command
+from timm_lean_cli.depth import open_training_images
 
 
 def run(args: argparse.Namespace) -> str:

@@ -25,12 +25,12 @@ import torch
 import torch.nn as nn
 
 from timm_lean import load_model, save_model, share
-from timm_lean.checkpoint import load_any
-from timm_lean.export.fold import to_dense
+from timm_lean.checkpoint.format import load_any
+from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.measure.report import count_macs, count_params
 from timm_lean.pruning import prune_channels
-from timm_lean.recipe import build, recipe_of
-from timm_lean.report import count_macs, count_params
+from timm_lean.sharing.fold import to_dense
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 from timm_lean.training.device import resolve_device

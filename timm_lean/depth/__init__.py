@@ -3,11 +3,10 @@
 Source: https://arxiv.org/abs/2106.14190 (Gowdra et al. 2021). The map from entropy to depth is this project's own.
 """
 from .bound import depth_bound, list_rules, register_rule
-from .conv_depth import conv_depth
 from .entropy import EntropyResult, dataset_entropy
 from .family import Budget, bounded_model, list_families
 
 __all__ = [
-    'Budget', 'EntropyResult', 'bounded_model', 'conv_depth', 'dataset_entropy', 'depth_bound', 'list_families',
+    'Budget', 'EntropyResult', 'bounded_model', 'dataset_entropy', 'depth_bound', 'list_families',
     'list_rules', 'register_rule',
 ]

@@ -12,9 +12,9 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint import load_any
+from timm_lean.checkpoint.format import load_any
 from timm_lean.errors import LeanError
-from timm_lean.report import count_macs, count_params
+from timm_lean.measure.report import count_macs, count_params
 
 from .bound import resolutions
 
@@ -30,7 +30,7 @@ class Budget:
 
     Args:
         value: Parameters, or multiply-accumulates of one image.
-        kind: 'params' or 'macs' (as `timm_lean.report` counts them).
+        kind: 'params' or 'macs' (as `timm_lean.measure.report` counts them).
     """
     value: int
     kind: str = 'params'

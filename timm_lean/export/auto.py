@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import LeanError
-from ..layers import SharedBasisConv2d
-from ..report import measure_latency
-from .fold import fold, to_dense
+from timm_lean.errors import LeanError
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.measure.report import measure_latency
+from timm_lean.sharing.fold import fold, to_dense
 
 __all__ = ['fold_faster']
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import LeanError
-from ..fileio import atomic_file
+from timm_lean.checkpoint.files import atomic_file
+from timm_lean.errors import LeanError
 
 __all__ = ['RunnableForm', 'check_onnx_installed', 'half', 'onnx_form', 'save_onnx', 'save_torch_export',
            'torch_export_form']

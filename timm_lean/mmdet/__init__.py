@@ -1,7 +1,8 @@
 """MMDetection with this package's techniques: everything that knows mmengine or mmdet.
 
-Importing it makes MMDetection work without compiled mmcv (`ops`), mends what time has broken (`compat`), registers the
-backbone, hooks, dataset and checkpoint loader, and lets `in_channels='auto'` work. Import it before `mmcv.ops`.
+Importing it makes MMDetection work without compiled mmcv (`mmcv_ext`), mends what time has broken (`compat`),
+registers the backbone, hooks, dataset and checkpoint loader, and lets `in_channels='auto'` work. Import it before
+`mmcv.ops`.
 """
 import importlib.util
 
@@ -13,9 +14,11 @@ if _MISSING:
         f'{", ".join(_MISSING)} {"is" if len(_MISSING) == 1 else "are"} not installed. MMDetection support comes with '
         "the extra 'mmdet': pip install 'timm-lean[mmdet]'.")
 
-from . import compat, ops  # noqa: E402
+from timm_lean import mmcv_ext  # noqa: E402
 
-ops.install()
+from . import compat  # noqa: E402
+
+mmcv_ext.install()
 compat.apply()
 
 from mmdet.registry import MODELS as MMDET_MODELS  # noqa: E402

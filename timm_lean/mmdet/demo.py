@@ -14,8 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from PIL import Image
 
+from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file, writable_dir
 from timm_lean.pruning import KernelPruner
 
 from .detector import export_detector, load_detector, load_strictly

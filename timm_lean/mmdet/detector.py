@@ -15,9 +15,9 @@ from mmengine.runner import get_state_dict
 from mmengine.utils import import_modules_from_strings
 from safetensors.torch import save_file
 
+from timm_lean.checkpoint.files import atomic_dir, atomic_file
+from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError, LeanError
-from timm_lean.fileio import atomic_dir, atomic_file
-from timm_lean.recipe import Recipe
 
 from .backbone import TimmBackbone
 from .channels import resolve_channels

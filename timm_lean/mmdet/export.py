@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_lean.checkpoint.files import output_file
 from timm_lean.errors import LeanError
-from timm_lean.export.command import Row, fold_as_asked, format_rows, write_forms
 from timm_lean.export.forms import check_onnx_installed
-from timm_lean.fileio import output_file
 from timm_lean.training.device import resolve_device
+from timm_lean_cli.export import Row, fold_as_asked, format_rows, write_forms
 
 from .backbone import TimmBackbone
 from .detector import build_detector, export_detector, load_detector, load_strictly

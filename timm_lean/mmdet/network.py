@@ -11,9 +11,9 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint import load_any
+from timm_lean.checkpoint.format import load_any
+from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
 from timm_lean.errors import CheckpointError, LeanError
-from timm_lean.recipe import Recipe, build, recipe_of
 from timm_lean.sharing import ShareReport
 from timm_lean.sharing import share as share_bases
 

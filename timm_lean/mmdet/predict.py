@@ -10,8 +10,8 @@ from mmdet.apis import inference_detector
 from mmdet.visualization import DetLocalVisualizer
 from PIL import Image, ImageOps
 
+from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file, writable_dir
 
 from .detector import load_detector
 

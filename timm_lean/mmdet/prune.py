@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.files import output_file
+from timm_lean.checkpoint.recipe import Recipe, build
 from timm_lean.errors import LeanError
-from timm_lean.fileio import output_file
 from timm_lean.pruning import prune_channels
-from timm_lean.pruning.command import channel_options
 from timm_lean.pruning.spectral import check_criterion
-from timm_lean.recipe import Recipe, build
+from timm_lean_cli.prune import channel_options
 
 from .backbone import TimmBackbone
 from .channels import AUTO

@@ -11,8 +11,8 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from PIL import Image
 
+from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file, writable_dir
 
 from .scope import DATASETS, register
 

@@ -12,9 +12,9 @@ import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
-from timm_lean.checkpoint import read_header
+from timm_lean.checkpoint.format import read_header
+from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError
-from timm_lean.recipe import Recipe
 
 __all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights']
 

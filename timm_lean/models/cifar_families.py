@@ -15,8 +15,8 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def
 
-from timm_lean.export import fold
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.sharing.fold import fold
 
 from ._sharing import check_ranks
 from .lean_families import LeanDenseNet, LeanResNet

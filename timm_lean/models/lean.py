@@ -9,8 +9,8 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 
+from timm_lean.checkpoint.recipe import LEAN_ENTRY, Step, apply_steps
 from timm_lean.errors import LeanError
-from timm_lean.recipe import LEAN_ENTRY, Step, apply_steps
 
 default_cfgs = generate_default_cfgs({
     'lean.untrained': {'url': '', 'num_classes': -1, 'input_size': (3, 224, 224), 'license': 'apache-2.0'},

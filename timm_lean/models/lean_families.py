@@ -18,7 +18,7 @@ from timm.models.densenet import DenseLayer, DenseTransition
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 
 from timm_lean.errors import LeanError
-from timm_lean.export import fold
+from timm_lean.sharing.fold import fold
 
 from ._sharing import share_filter_basis
 from ._staged import StagedNet, check_layers

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 
-from timm_lean.export import fold
+from timm_lean.sharing.fold import fold
 
 from ._sharing import share_convs
 

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock
 
-from timm_lean.export import fold
+from timm_lean.sharing.fold import fold
 
 from ._classifier import ClassifierNet
 from ._sharing import check_ranks, share_filter_basis

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.files import writable_dir
 from timm_lean.errors import LeanError
-from timm_lean.fileio import writable_dir
-from timm_lean.regularizers.filters import Patterns, check_finite, find_filter_banks
+from timm_lean.layers.filter_banks import check_finite, find_filter_banks
+from timm_lean.layers.patterns import Patterns
 
 from .spectral import CRITERIA, all_scores, below
 

@@ -17,8 +17,8 @@ from timm.layers import EcaModule
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis
-from timm_lean.regularizers.filters import check_finite, find_filter_banks
-from timm_lean.report import count_macs, count_params
+from timm_lean.layers.filter_banks import check_finite, find_filter_banks
+from timm_lean.measure.report import count_macs, count_params
 
 from .graph import build_graph, channel_groups, classifier_modules, conv_groups, is_consistent
 from .importance import SpectralImportance

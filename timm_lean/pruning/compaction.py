@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.report import count_macs, count_params
+from timm_lean.measure.report import count_macs, count_params
 
 __all__ = ['CompactReport', 'compact']
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.recipe import has_step, record_step, register_step
 from timm_lean.errors import LeanError
-from timm_lean.recipe import record_step, register_step
-from timm_lean.regularizers.filters import FilterBank, Patterns, check_finite, find_filter_banks
+from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
+from timm_lean.layers.patterns import Patterns
 
 from .report import PruneReport, live_kernels, report_banks
 from .schedule import PruneSchedule
@@ -103,7 +104,7 @@ class KernelPruner:
         self.schedule = PruneSchedule(schedule, begin, end, every)
         if amount is None and schedule != 'one_shot':
             raise LeanError(f'The schedule {schedule!r} needs an amount; by {self.rule} pruning is one_shot.')
-        pruned_before = any(step['op'] == STEP for step in getattr(model, 'lean_steps', []))
+        pruned_before = has_step(model, STEP)
         if pruned_before and not again:
             raise LeanError('The kernels of this model have been pruned before. If pruning them again is meant, say '
                             'again=True (--again).')
@@ -220,7 +221,7 @@ class KernelPruner:
 
     def _record(self) -> None:
         for model in (self.model, *self._followers):
-            if not any(step['op'] == STEP for step in getattr(model, 'lean_steps', [])):
+            if not has_step(model, STEP):
                 record_step(model, STEP, criterion=self.criterion, **{self.rule: self.value})
 
     def _score(self, bank: FilterBank, weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -283,6 +284,4 @@ def _rebuild(
         threshold: float | None = None, contrib: float | None = None, amount: float | None = None,
 ) -> nn.Module:
     """A network with pruned kernels is the same network: the zeros come with the weights."""
-    how = dict(threshold=threshold, contrib=contrib, amount=amount)
-    record_step(model, STEP, criterion=criterion, **{k: v for k, v in how.items() if v is not None})
     return model

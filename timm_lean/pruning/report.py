@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from timm_lean.errors import LeanError
-from timm_lean.regularizers.filters import FilterBank
+from timm_lean.layers.filter_banks import FilterBank
 
 __all__ = ['LayerReport', 'PruneReport', 'plot_report', 'report_banks']
 

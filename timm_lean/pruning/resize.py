@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.recipe import build, recipe_of, record_step, register_step
 from timm_lean.errors import LeanError
-from timm_lean.recipe import build, recipe_of, record_step, register_step
 
 __all__ = ['feature_channels', 'record_resize', 'resize', 'set_feature_channels']
 
@@ -60,7 +60,6 @@ def resize(
             _apply(named[name], name, attribute, value)
     if feature_channels is not None:
         set_feature_channels(model, feature_channels)
-    record_step(model, STEP, modules=modules, **({'feature_channels': feature_channels} if feature_channels else {}))
     return model
 
 

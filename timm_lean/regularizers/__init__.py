@@ -13,14 +13,14 @@ from .base import (
     set_progress,
 )
 from .conv_similarity import ConvSimilarity, conv_similarity
-from .filters import FilterBank, FilterRegularizer, find_filter_banks
+from .filters import FilterRegularizer
 from .init import initialize_conv_similarity
 from .orthogonality import BasisOrtho, KernelOrtho, Srip
 from .schedule import Schedule, list_schedules
 from .sparsity import L1, GroupLasso
 
 __all__ = [
-    'L1', 'BasisOrtho', 'ConvSimilarity', 'FilterBank', 'FilterRegularizer', 'GroupLasso', 'KernelOrtho', 'Regularizer',
-    'Schedule', 'Srip', 'conv_similarity', 'create_regularizer', 'find_filter_banks', 'initialize_conv_similarity',
+    'L1', 'BasisOrtho', 'ConvSimilarity', 'FilterRegularizer', 'GroupLasso', 'KernelOrtho', 'Regularizer', 'Schedule',
+    'Srip', 'conv_similarity', 'create_regularizer', 'initialize_conv_similarity',
     'list_regularizers', 'list_schedules', 'loss_terms', 'parse_regularizer', 'register_regularizer', 'set_progress',
 ]

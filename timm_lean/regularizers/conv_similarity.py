@@ -26,9 +26,11 @@ from functools import lru_cache
 import torch
 
 from timm_lean.errors import LeanError
+from timm_lean.layers.filter_banks import FilterBank
+from timm_lean.layers.patterns import Patterns
 
 from .base import register_regularizer
-from .filters import FilterBank, FilterRegularizer, Patterns, total
+from .filters import FilterRegularizer, total
 
 __all__ = ['ConvSimilarity', 'conv_similarity']
 

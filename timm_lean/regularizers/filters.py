@@ -1,123 +1,16 @@
-"""The filter banks of a model, and the base class of the regularizers that act on them.
-
-A filter bank is a set of convolution filters that exists once: an `nn.Conv2d`, or a `FilterBasis` however many layers
-share it.
-"""
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+"""The base class of the regularizers that act on filter banks."""
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import FilterBasis
+from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
+from timm_lean.layers.patterns import Patterns
 
 from .base import Regularizer
 
-__all__ = ['FilterBank', 'FilterRegularizer', 'check_finite', 'find_filter_banks', 'total']
-
-Patterns = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class FilterBank:
-    """The convolution filters of one module.
-
-    The module is kept, not its tensor: `.to()`, `to_empty()` and pruning may replace the tensor.
-
-    Attributes:
-        name: The module's (first) name in the model.
-        module: What holds the filters.
-    """
-    name: str
-    module: nn.Conv2d | FilterBasis
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The filters as they are now, `[N, C / groups, kh, kw]`."""
-        return self.module.weight
-
-    @property
-    def groups(self) -> int:
-        return self.module.groups
-
-    @property
-    def filters_per_group(self) -> int:
-        """Number of filters that see the same input."""
-        return len(self.weight) // self.groups
-
-
-def find_filter_banks(
-        model: nn.Module,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        skip_stem: bool = False,
-        skip_1x1: bool = False,
-        user: str = 'This operation',
-        exclude_name: str = 'exclude',
-) -> list[FilterBank]:
-    """List a model's filter banks, each once, in module order.
-
-    Args:
-        model: Any model.
-        include: Keep only the banks whose name matches one of these shell patterns (`layer1.*`); several as a list or
-            joined by `|`.
-        exclude: Drop the banks whose name matches one of these.
-        skip_stem: Drop the model's first convolution, which sees the image.
-        skip_1x1: Drop 1 x 1 kernels.
-        user: Who asks, for the error messages.
-        exclude_name: What the one who asks calls `exclude`.
-
-    Raises:
-        LeanError: The model has no convolution, a pattern matches none, or nothing is left.
-    """
-    banks: list[FilterBank] = []
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        # Two modules may be tied by one parameter; its filters exist once all the same.
-        if isinstance(module, (nn.Conv2d, FilterBasis)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            banks.append(FilterBank(name, module))
-    if not banks:
-        raise LeanError(f'{user} acts on 2-d convolutions, and {type(model).__name__} has none.')
-    names = [bank.name for bank in banks]
-    wanted = _matches(include, names, user, 'include')
-    unwanted = _matches(exclude, names, user, exclude_name)
-    chosen = [
-        bank for i, bank in enumerate(banks)
-        if (include is None or bank.name in wanted) and bank.name not in unwanted
-        and not (skip_stem and i == 0) and not (skip_1x1 and bank.weight.shape[2:].numel() == 1)]
-    if not chosen:
-        raise LeanError(f'{user}: include, exclude, skip_stem and skip_1x1 leave none of the {len(banks)} convolutions '
-                        f'({_some(names)}).')
-    return chosen
-
-
-def _matches(patterns: Patterns, names: list[str], user: str, option: str) -> set[str]:
-    if patterns is None:
-        return set()
-    if isinstance(patterns, str):
-        patterns = patterns.split('|')
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
-            raise LeanError(f'{user}: {option}={pattern!r} matches no convolution. Names are like {_some(names)}.')
-        matched.update(hits)
-    return matched
-
-
-def _some(names: list[str]) -> str:
-    step = max(len(names) // 4, 1)
-    return ', '.join(names[::step][:5])
-
-
-def check_finite(banks: Iterable[FilterBank], user: str) -> None:
-    """Raise a LeanError that names the first bank with a NaN or infinite weight. Costs a device synchronization."""
-    for bank in banks:
-        if not bank.weight.is_meta and not bool(torch.isfinite(bank.weight).all()):
-            raise LeanError(f'{user}: the weights of {bank.name!r} are not all finite (NaN or infinity).')
+__all__ = ['FilterRegularizer', 'total']
 
 
 def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:

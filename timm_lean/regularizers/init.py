@@ -16,9 +16,9 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from timm_lean.errors import LeanError
+from timm_lean.layers.patterns import Patterns
 
 from .conv_similarity import ConvSimilarity
-from .filters import Patterns
 
 __all__ = ['initialize_conv_similarity']
 

@@ -20,10 +20,12 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers.filter_banks import FilterBank
+from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.shared_basis import ungroup
 
 from .base import Regularizer, register_regularizer
-from .filters import FilterBank, FilterRegularizer, Patterns, total
+from .filters import FilterRegularizer, total
 
 __all__ = ['BasisOrtho', 'KernelOrtho', 'Srip']
 

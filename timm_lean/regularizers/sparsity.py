@@ -11,8 +11,10 @@ import math
 
 import torch
 
+from timm_lean.layers.filter_banks import FilterBank
+
 from .base import register_regularizer
-from .filters import FilterBank, FilterRegularizer, total
+from .filters import FilterRegularizer, total
 
 __all__ = ['L1', 'GroupLasso']
 

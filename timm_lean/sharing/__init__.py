@@ -10,6 +10,7 @@ there is optional (`calibration`).
 The idea of the basis: https://arxiv.org/abs/2006.05066 (Kang & Kim, NeurIPS 2021), which trains it from scratch.
 """
 from .convert import share
+from .fold import FoldReport, fold
 from .report import LayerShare, ShareReport
 
-__all__ = ['LayerShare', 'ShareReport', 'share']
+__all__ = ['FoldReport', 'LayerShare', 'ShareReport', 'fold', 'share']

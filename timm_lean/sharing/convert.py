@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
-from timm_lean.recipe import record_step, register_step
 
 from .calibration import calibrate
 from .groups import Group, find_groups
@@ -100,7 +100,6 @@ def _share_step(model: nn.Module, groups: list[dict[str, Any]]) -> nn.Module:
         _restructure(model, groups)
     except (AttributeError, KeyError, TypeError) as e:
         raise LeanError(f"The recipe step 'share' does not fit this network: {type(e).__name__}: {e}.") from e
-    record_step(model, 'share', groups=groups)
     return model
 
 

@@ -9,7 +9,7 @@ from timm_lean.errors import LeanError
 
 __all__ = ['TrainConfig', 'list_recipes', 'load_yaml']
 
-RECIPES = Path(__file__).parents[1] / 'recipes'
+RECIPES = Path(__file__).parent / 'configs'
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.task import FeatureDistillationTask
 
-from timm_lean.checkpoint import load_any
+from timm_lean.checkpoint.format import load_any
 from timm_lean.errors import LeanError
 from timm_lean.regularizers import Regularizer
 

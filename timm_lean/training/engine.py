@@ -16,10 +16,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
 
-from timm_lean.checkpoint import load_any, save_model, set_head
+from timm_lean.checkpoint.files import atomic_file, writable_dir
+from timm_lean.checkpoint.format import load_any, save_model, set_head
+from timm_lean.checkpoint.recipe import recipe_of
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file, writable_dir
-from timm_lean.recipe import recipe_of
 from timm_lean.regularizers import initialize_conv_similarity, parse_regularizer
 
 from .config import TrainConfig

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm_lean.checkpoint.files import atomic_file
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file
 
 from .config import TrainConfig
 from .engine import train

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from timm_lean.fileio import atomic_file
+from timm_lean.checkpoint.files import atomic_file
 
 __all__ = ['RunLog', 'plot_curves']
 

@@ -1,6 +1,7 @@
 """The kernel pruner that a training run's settings ask for."""
 import torch.nn as nn
 
+from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
 from timm_lean.pruning import KernelPruner
 from timm_lean.pruning.kernels import STEP
@@ -18,7 +19,7 @@ def create_pruner(model: nn.Module, config: TrainConfig) -> KernelPruner | None:
     Raises:
         LeanError: Settings that contradict each other, or a model that cannot be pruned so.
     """
-    pruned = any(step['op'] == STEP for step in getattr(model, 'lean_steps', []))
+    pruned = has_step(model, STEP)
     if not config.prune:
         return KernelPruner(model, 'weight', amount=0., again=True) if pruned else None
     if pruned and not config.prune_again:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from timm_lean.checkpoint.files import atomic_file
 from timm_lean.errors import CheckpointError
-from timm_lean.fileio import atomic_file
 
 __all__ = ['RESUME_FILE', 'load_state', 'save_state']
 

@@ -3,7 +3,6 @@
 `timm_lean` (and with it torch) is imported when a command runs, so help and usage errors answer at once.
 """
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -268,9 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.command:
         parser.print_help()
         return 2
-    from timm_lean import cli
-    return cli.run(args)
+    from .run import run
+    return run(args)
 
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from timm_lean.checkpoint import load_model
+from timm_lean.checkpoint.files import atomic_file, writable_dir
+from timm_lean.checkpoint.format import load_model
+from timm_lean.depth.family import Budget, bounded_model, default_baseline, describe_member
 from timm_lean.errors import LeanError, PackageMissingError
-from timm_lean.fileio import atomic_file, writable_dir
-from timm_lean.report import count_params
+from timm_lean.measure.conv_depth import conv_depth, module_depths
+from timm_lean.measure.identity import identity_ratios, near_identity_share
+from timm_lean.measure.report import count_params
 from timm_lean.training import TrainConfig, train
-from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 
-from .conv_depth import conv_depth, module_depths
-from .family import Budget, bounded_model, default_baseline, describe_member
-from .identity import identity_ratios, near_identity_share
+from .data import create_eval_loader, model_data_config, open_dataset
 
 __all__ = ['Run', 'Sweep', 'compare', 'run_sweep', 'summarize', 'verify_command']
 
@@ -246,7 +246,7 @@ def verify_command(
         args: argparse.Namespace, bound: int, img_size: int, num_classes: int, baseline: str | None = None,
 ) -> dict[str, Any]:
     """Run the sweep that `timm-lean depth --verify` asks for."""
-    from .family import FAMILIES
+    from timm_lean.depth.family import FAMILIES
     least = FAMILIES[args.family].depth((FAMILIES[args.family].min_blocks,)) if args.family in FAMILIES else 1
     data = 'digits' if args.data == 'digits' or not args.data_dir else 'folder'
     config = TrainConfig(
@@ -256,7 +256,7 @@ def verify_command(
         hflip=args.hflip)
     budget = args.budget
     if budget is None:
-        from timm_lean.checkpoint import load_any
+        from timm_lean.checkpoint.format import load_any
         params = count_params(load_any(baseline or default_baseline(img_size), num_classes=num_classes))
         budget = f'params={Budget(params).value}'
     sweep = Sweep(bound, args.depths or default_depths(bound, least), range(args.seeds), args.family, budget,

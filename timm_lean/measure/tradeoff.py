@@ -2,8 +2,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import LeanError
-from .fileio import atomic_file, writable_dir
+from timm_lean.checkpoint.files import atomic_file, writable_dir
+from timm_lean.errors import LeanError
+
 from .report import ModelReport, human_count
 
 __all__ = ['check_picture', 'pareto_front', 'plot_tradeoff']

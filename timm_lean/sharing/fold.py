@@ -8,9 +8,9 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
-from ..errors import LeanError
-from ..layers.shared_basis import SharedBasisConv2d, bn_scale_shift
-from ..recipe import record_step, register_step
+from timm_lean.checkpoint.recipe import record_step, register_step
+from timm_lean.errors import LeanError
+from timm_lean.layers.shared_basis import SharedBasisConv2d, bn_scale_shift
 
 __all__ = ['FoldReport', 'fold', 'to_dense']
 
@@ -54,6 +54,18 @@ def fold(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
     Raises:
         LeanError: The model is in training mode, where BN is not linear, or has nothing to fold.
     """
+    new, report = _fold(model, layers)
+    new.fold_report = report  # type: ignore[assignment]
+    record_step(new, 'fold', **({} if layers is None else {'layers': sorted(layers)}))
+    return new
+
+
+@register_step('fold')
+def _fold_step(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
+    return _fold(model, layers)[0]
+
+
+def _fold(model: nn.Module, layers: Sequence[str] | None) -> tuple[nn.Module, FoldReport]:
     if model.training:
         raise LeanError('fold() needs the model in eval mode: in training mode batch norm is not linear. '
                         'Call model.eval() first.')
@@ -85,12 +97,7 @@ def fold(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
         raise LeanError('fold() found no shared convolution to fold in this model.')
     report.left = tuple(left)
     report.params_after = _count(new)
-    new.fold_report = report  # type: ignore[assignment]
-    record_step(new, 'fold', **({} if layers is None else {'layers': sorted(layers)}))
-    return new
-
-
-register_step('fold')(fold)
+    return new, report
 
 
 def _count(model: nn.Module) -> int:

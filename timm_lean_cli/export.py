@@ -6,15 +6,22 @@ import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 
-from ..checkpoint import load_any, load_model, save_hf_dir, save_model
-from ..errors import LeanError
-from ..fileio import output_file
-from ..report import count_params, human_bytes, measure_latency
-from ..training.data import open_eval_loader
-from ..training.device import resolve_device
-from .auto import fold_faster
-from .fold import fold
-from .forms import check_onnx_installed, half, onnx_form, save_onnx, save_torch_export, torch_export_form
+from timm_lean.checkpoint.files import output_file
+from timm_lean.checkpoint.format import load_any, load_model, save_hf_dir, save_model
+from timm_lean.errors import LeanError
+from timm_lean.export.auto import fold_faster
+from timm_lean.export.forms import (
+    check_onnx_installed,
+    half,
+    onnx_form,
+    save_onnx,
+    save_torch_export,
+    torch_export_form,
+)
+from timm_lean.measure.report import count_params, human_bytes, measure_latency
+from timm_lean.sharing.fold import fold
+from timm_lean.training.data import open_eval_loader
+from timm_lean.training.device import resolve_device
 
 __all__ = ['Row', 'export_command', 'fold_as_asked', 'format_rows', 'write_forms']
 

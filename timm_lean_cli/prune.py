@@ -7,14 +7,14 @@ import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 
-from timm_lean.checkpoint import load_any, save_model
+from timm_lean.checkpoint.files import output_file
+from timm_lean.checkpoint.format import load_any, save_model
+from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
-from timm_lean.fileio import output_file
-from timm_lean.report import count_macs, count_params, human_bytes, human_count
-
-from .kernels import KernelPruner
-from .report import live_kernels, plot_report
-from .spectral import check_criterion
+from timm_lean.measure.report import count_macs, count_params, human_bytes, human_count
+from timm_lean.pruning.kernels import KernelPruner
+from timm_lean.pruning.report import live_kernels, plot_report
+from timm_lean.pruning.spectral import check_criterion
 
 __all__ = ['analyze_command', 'channel_options', 'prune_command']
 
@@ -50,14 +50,14 @@ def prune_command(args: argparse.Namespace) -> None:
         if option('plot'):
             plot_report(report, args.plot)
         if option('compact'):
-            from .compaction import compact
+            from timm_lean.pruning.compaction import compact
             model = compact(model, x)
             print(model.compact_report)
     else:
-        if any(s['op'] == 'resize' for s in getattr(model, 'lean_steps', [])) and not option('again'):
+        if has_step(model, 'resize') and not option('again'):
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
-        from .channels import prune_channels
+        from timm_lean.pruning.channels import prune_channels
         model = prune_channels(model, x, criterion, **channel_options(args))
         print(model.channel_report)
     save_model(model, output)
@@ -130,7 +130,7 @@ def _print_figures(columns: dict[str, dict[str, Any]]) -> None:
 
 def analyze_command(args: argparse.Namespace) -> None:
     """Run `timm-lean analyze MODEL --criteria`; `args` has `model`, `threshold`, `ignore`, `output`."""
-    from .analysis import analyze_criteria
+    from timm_lean.pruning.analysis import analyze_criteria
     threshold = vars(args).get('threshold')
     analysis = analyze_criteria(
         load_any(args.model), 1e-4 if threshold is None else threshold, vars(args).get('ignore'))

@@ -9,14 +9,14 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from .checkpoint import load_model, save_hf_dir, save_model
-from .errors import LeanError
-from .export import fold
-from .fileio import atomic_file, writable_dir
-from .report import ModelReport, format_table, model_reports
-from .training import TrainConfig, train
-from .training.config import load_yaml
-from .training.data import create_eval_loader, model_data_config, open_dataset
+from timm_lean.checkpoint.files import atomic_file, writable_dir
+from timm_lean.checkpoint.format import load_model, save_hf_dir, save_model
+from timm_lean.errors import LeanError
+from timm_lean.measure.report import ModelReport, format_table, model_reports
+from timm_lean.sharing.fold import fold
+from timm_lean.training import TrainConfig, train
+from timm_lean.training.config import load_yaml
+from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 
 __all__ = ['demo']
 

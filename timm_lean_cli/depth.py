@@ -14,19 +14,18 @@ import torch.nn as nn
 import yaml
 from timm.models import get_model_input_config
 
-from timm_lean.checkpoint import load_any
+from timm_lean.checkpoint.files import atomic_file
+from timm_lean.checkpoint.format import load_any
+from timm_lean.depth.bound import depth_bound, get_rule
+from timm_lean.depth.entropy import EntropyResult, dataset_entropy
+from timm_lean.depth.family import Budget, bounded_model, default_baseline, describe_member
+from timm_lean.depth.images import IMAGE_SUFFIXES
 from timm_lean.errors import LeanError
-from timm_lean.fileio import atomic_file
-from timm_lean.report import count_macs, count_params, human_count
+from timm_lean.measure.conv_depth import conv_depth
+from timm_lean.measure.report import count_macs, count_params, human_count
+from timm_lean.measure.steptime import measure_steps
 from timm_lean.training.data import DigitsDataset
 from timm_lean.training.device import resolve_device, start_distributed
-
-from .bound import depth_bound, get_rule
-from .conv_depth import conv_depth
-from .entropy import EntropyResult, dataset_entropy
-from .family import Budget, bounded_model, default_baseline, describe_member
-from .images import IMAGE_SUFFIXES
-from .steptime import measure_steps
 
 __all__ = ['ModelRow', 'depth_command', 'open_training_images', 'suggest', 'write_config']
 
@@ -97,7 +96,7 @@ def depth_command(args: argparse.Namespace) -> None:
         'models': list(map(asdict, rows)),
     }
     if args.verify:
-        from .verify import verify_command
+        from timm_lean.training.depth_sweep import verify_command
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             report['verify'] = verify_command(args, bound, size, num_classes, baseline)
     print(json.dumps(report, indent=2) if args.json else _format(report, entropy, rows))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import LeanError
+from timm_lean.errors import LeanError
 
 __all__ = ['atomic_dir', 'atomic_file', 'output_file', 'writable_dir']
 

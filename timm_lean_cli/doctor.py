@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 
-from .version import __version__
+from timm_lean.version import __version__
 
 __all__ = ['diagnose', 'doctor']
 
@@ -140,7 +140,7 @@ def _operators() -> tuple[str, list[str]]:
 
 def _stand_in() -> str:
     try:
-        from .mmdet.ops import MISSING, STAND_IN, ops_status
+        from timm_lean.mmcv_ext import MISSING, STAND_IN, ops_status
         status = ops_status()
     except Exception:  # the reason is reported where MMDetection is imported
         return 'the stand-in does not import'

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from timm.models import parse_model_name, save_for_hf
 from timm.models._hub import filter_pretrained_cfg
 
-from .errors import CheckpointError, LeanError
-from .fileio import atomic_dir, atomic_file
-from .pruning.packing import pack, packed_shapes, unpack
+from timm_lean.errors import CheckpointError, LeanError
+
+from .files import atomic_dir, atomic_file
+from .packing import pack, packed_shapes, unpack
 from .recipe import LEAN_ENTRY, Recipe, build, recipe_of
 
 __all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model', 'set_head']

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from timm.models import get_model_input_config
 
-from timm_lean.checkpoint import load_any, save_model
+from timm_lean.checkpoint.files import output_file
+from timm_lean.checkpoint.format import load_any, save_model
 from timm_lean.errors import LeanError
-from timm_lean.fileio import output_file
-
-from .convert import share
+from timm_lean.sharing.convert import share
 
 __all__ = ['share_command']
 

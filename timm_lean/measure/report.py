@@ -19,7 +19,7 @@ from timm.models import get_model_input_config
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import load_any
+from timm_lean.checkpoint.format import load_any
 
 __all__ = ['ModelReport', 'count_macs', 'count_params', 'format_table', 'measure_latency', 'model_reports', 'to_json']
 

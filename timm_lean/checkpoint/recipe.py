@@ -3,6 +3,7 @@
 A recipe is plain JSON data. It is what checkpoints store beside the tensors, and all that is needed to build the same
 network again without pickling code. Every technique that changes a network's structure registers its step here.
 """
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,12 @@ import timm
 import torch.nn as nn
 from timm.models import get_model_args
 
-from .errors import LeanError
+from timm_lean.errors import LeanError
 
-__all__ = ['LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'recipe_of', 'record_step', 'register_step']
+__all__ = [
+    'LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'has_step', 'list_steps', 'recipe_of', 'record_step',
+    'register_step',
+]
 
 LEAN_ENTRY = 'lean'  # the timm name under which restructured networks are rebuilt, see models/lean.py
 
@@ -54,11 +58,27 @@ def register_step(op: str) -> Callable[[Callable[..., nn.Module]], Callable[...,
     """Decorator: make a function `(model, **arguments) -> model` available as the structural step `op`.
 
     The function is applied to a network in eval mode whose values do not matter; it must bring about the structure.
+    Recording the step is the caller's part: `apply_steps` does it, or the verb that took the step.
+
+    Raises:
+        ValueError: The name is taken.
     """
     def register(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if op in _STEPS:
+            raise ValueError(f'The recipe step {op!r} is registered already, by {_STEPS[op].__module__}.')
         _STEPS[op] = function
         return function
     return register
+
+
+def list_steps() -> list[str]:
+    """Names of the registered steps."""
+    return sorted(_STEPS)
+
+
+def has_step(model: nn.Module, op: str) -> bool:
+    """Whether a structural step of this name was taken on a model."""
+    return any(step['op'] == op for step in getattr(model, 'lean_steps', []))
 
 
 def record_step(model: nn.Module, op: str, **arguments: Any) -> None:
@@ -67,7 +87,7 @@ def record_step(model: nn.Module, op: str, **arguments: Any) -> None:
 
 
 def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
-    """Take structural steps on a freshly built network.
+    """Take structural steps on a freshly built network, and record them on it.
 
     Raises:
         LeanError: A step is malformed or unknown.
@@ -76,12 +96,15 @@ def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
         if not isinstance(step, dict) or not isinstance(step.get('op'), str):
             raise LeanError(f'A recipe step must be an object with an "op", got {repr(step)[:100]}.')
         if step['op'] not in _STEPS:
-            raise LeanError(f'Unknown recipe step {step["op"]!r}. This version knows: {", ".join(sorted(_STEPS))}.')
+            raise LeanError(f'Unknown recipe step {step["op"]!r}. This version knows: {", ".join(list_steps())}.')
+        function = _STEPS[step['op']]
         arguments = {k: v for k, v in step.items() if k != 'op'}
         try:
-            model = _STEPS[step['op']](model.eval(), **arguments)
+            inspect.signature(function).bind(model, **arguments)
         except TypeError as e:
             raise LeanError(f'Recipe step {step["op"]!r} does not take these arguments: {e}.') from e
+        model = function(model.eval(), **arguments)
+        record_step(model, **step)
     return model.train()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import LeanError
+from timm_lean.errors import LeanError
 
 __all__ = ['run']
 
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> None:
-    from .models import model_names
-    from .report import human_count, model_reports, to_json
+    from timm_lean.measure.report import human_count, model_reports, to_json
+    from timm_lean.models import model_names
     names = [n for n in model_names() if n != 'lean']
     pattern = args.filter if '*' in args.filter else f'*{args.filter}*'
     chosen = [n for n in names if fnmatch(n, pattern)]
@@ -52,19 +52,19 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .report import format_table, model_reports, to_json
-    from .training.device import resolve_device
+    from timm_lean.measure.report import format_table, model_reports, to_json
+    from timm_lean.training.device import resolve_device
     device = resolve_device(args.device)
     if args.img_size is not None and args.img_size < 1:
         raise LeanError(f'--img-size must be at least 1, got {args.img_size}.')
     if args.plot:
-        from .tradeoff import check_picture, plot_tradeoff
+        from timm_lean.measure.tradeoff import check_picture, plot_tradeoff
         check_picture(args.plot)
     sources = [args.model, *args.vs]
     reports = model_reports(sources, args.img_size, args.latency, device)
     if args.plot or args.data or args.data_dir:
-        from .checkpoint import load_any
-        from .training.evaluate import evaluate_source
+        from timm_lean.checkpoint.format import load_any
+        from timm_lean.training.evaluate import evaluate_source
         for source, report in zip(sources, reports, strict=True):
             report.top1 = evaluate_source(
                 source, load_any(source), args.data, args.data_dir, args.img_size, 128, device, workers=2)['top1']
@@ -74,8 +74,8 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .training import TrainConfig, train
-    from .training.config import load_yaml
+    from timm_lean.training import TrainConfig, train
+    from timm_lean.training.config import load_yaml
     settings = {k: v for k, v in vars(args).items() if k not in ('command', 'debug', 'version', 'config')}
     if 'model_args' in settings:
         settings['model_args'] = dict(map(_key_value, settings['model_args']))
@@ -97,9 +97,9 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from .checkpoint import load_any
-    from .training.device import resolve_device
-    from .training.evaluate import evaluate_source
+    from timm_lean.checkpoint.format import load_any
+    from timm_lean.training.device import resolve_device
+    from timm_lean.training.evaluate import evaluate_source
     metrics = evaluate_source(
         args.model, load_any(args.model), args.data, args.data_dir, args.img_size, args.batch_size,
         resolve_device(args.device), args.workers, args.amp)
@@ -111,14 +111,14 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _analyze(args: argparse.Namespace) -> None:
-    from .checkpoint import load_any
-    from .similarity import feature_similarity, format_similarity, plot_similarity
-    from .training.data import open_eval_loader
-    from .training.device import resolve_device
+    from timm_lean.checkpoint.format import load_any
+    from timm_lean.measure.similarity import feature_similarity, format_similarity, plot_similarity
+    from timm_lean.training.data import open_eval_loader
+    from timm_lean.training.device import resolve_device
     if args.similarity == args.criteria:
         raise LeanError('Say what to measure: --similarity or --criteria.')
     if args.criteria:
-        from .pruning.command import analyze_command
+        from .prune import analyze_command
         analyze_command(args)
         return
     if args.batches < 1:
@@ -136,10 +136,10 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     if _is_detector(Path(args.model)):
-        from .mmdet.prune import prune_detector_command
+        from timm_lean.mmdet.prune import prune_detector_command
         prune_detector_command(args)
         return
-    from .pruning.command import prune_command
+    from .prune import prune_command
     prune_command(args)
 
 
@@ -155,12 +155,12 @@ def _is_detector(path: Path) -> bool:
 
 
 def _share(args: argparse.Namespace) -> None:
-    from .sharing.command import share_command
+    from .share import share_command
     share_command(args)
 
 
 def _depth(args: argparse.Namespace) -> None:
-    from .depth.command import depth_command
+    from .depth import depth_command
     depth_command(args)
 
 
@@ -170,9 +170,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from .checkpoint import load_any
-    from .training.device import resolve_device
-    from .training.predict import predict
+    from timm_lean.checkpoint.format import load_any
+    from timm_lean.training.device import resolve_device
+    from timm_lean.training.predict import predict
     if args.top < 1:
         raise LeanError(f'--top must be at least 1, got {args.top}.')
     if _is_detector(Path(args.model)):
@@ -188,8 +188,8 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _detect(args: argparse.Namespace) -> None:
-    from .mmdet import predict_images
-    from .training.device import resolve_device
+    from timm_lean.mmdet import predict_images
+    from timm_lean.training.device import resolve_device
     results = predict_images(args.model, args.images, args.output, args.score_thr, str(resolve_device(args.device)))
     if args.json:
         print(json.dumps(results, indent=2))
@@ -201,10 +201,10 @@ def _detect(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     if args.det_dir or args.det_config or _is_detector(Path(args.model)):
-        from .mmdet.export import export_detector_command
+        from timm_lean.mmdet.export import export_detector_command
         export_detector_command(args)
         return
-    from .export.command import export_command
+    from .export import export_command
     export_command(args)
 
 
@@ -215,7 +215,7 @@ def _demo(args: argparse.Namespace) -> None:
         detection = importlib.util.find_spec('mmdet') is not None
     demo(Path(args.output), args.epochs)
     if detection:
-        from .mmdet.demo import detection_demo
+        from timm_lean.mmdet.demo import detection_demo
         print('\nAnd a detector')
         detection_demo(Path(args.output) / 'detection')
     else:
