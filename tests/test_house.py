@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'timm_lean'
 
 def table() -> dict[str, set[str]]:
     """Room to the rooms it may use, from CONTRIBUTING.md."""
-    rows = re.findall(r'^\| `([a-z_/.]+)` \|[^|]*\| ([^|]*) \|$', (ROOT / 'CONTRIBUTING.md').read_text(), re.MULTILINE)
+    rows = re.findall(r'^\| `([a-z_/.]+)` \|[^|]*\|([^|]*)\|$', (ROOT / 'CONTRIBUTING.md').read_text(), re.MULTILINE)
     return {room.rstrip('/'): set(re.findall(r'`([a-z_.]+)`', uses)) for room, uses in rows}
 
 
@@ -49,7 +49,8 @@ def rooms_used(path: Path) -> set[str]:
     return used
 
 
-SOURCES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '__main__.py') or p.parent != PACKAGE)
+SOURCES = sorted(
+    p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '__main__.py') or p.parent != PACKAGE)
 
 
 def test_every_room_is_in_the_table():
@@ -93,7 +94,8 @@ def test_argparse_is_the_command_lines_alone():
     assert users <= {'mmdet/launch.py'}
 
 
-ROOMS = ['checkpoint', 'depth', 'export', 'layers', 'measure', 'models', 'pruning', 'regularizers', 'sharing', 'training']
+ROOMS = [
+    'checkpoint', 'depth', 'export', 'layers', 'measure', 'models', 'pruning', 'regularizers', 'sharing', 'training']
 
 
 @pytest.mark.parametrize('first', ROOMS)

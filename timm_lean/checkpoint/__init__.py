@@ -5,6 +5,6 @@ from .recipe import Recipe, apply_steps, build, has_step, list_steps, recipe_of,
 
 __all__ = [
     'Recipe', 'apply_steps', 'atomic_dir', 'atomic_file', 'build', 'has_step', 'list_steps', 'load_any',
-    'load_model', 'output_file', 'read_header', 'recipe_of', 'record_step', 'register_step', 'save_hf_dir', 'save_model',
-    'set_head', 'writable_dir',
+    'load_model', 'output_file', 'read_header', 'recipe_of', 'record_step', 'register_step', 'save_hf_dir',
+    'save_model', 'set_head', 'writable_dir',
 ]
