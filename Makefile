@@ -9,7 +9,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 HEADLESS = $(BIN)/python -c "import cv2" 2>/dev/null || { $(PIP) uninstall --quiet --yes opencv-python && \
 	$(PIP) install --quiet --constraint constraints.txt opencv-python-headless; }
 
-.PHONY: demo test test-all lint format clean
+N ?= 1000
+
+.PHONY: demo test test-all fuzz lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/timm-lean demo
@@ -19,6 +21,10 @@ test: $(VENV)/.installed-dev lint
 
 test-all: $(VENV)/.installed-dev lint
 	$(PYTEST)
+
+# Every fuzzer N times; a failure names the seed, and FUZZ_SEED=seed N=1 repeats it.
+fuzz: $(VENV)/.installed-dev
+	FUZZ_N=$(N) $(PYTEST) --timeout 0 tests/fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
