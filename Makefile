@@ -1,26 +1,35 @@
 # Everything happens in .venv; its stamps are renewed only when what they depend on changes.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers with one compute thread each use two cores better than two threads in one process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 # MMDetection asks for opencv-python, which needs libGL from the system; the headless build needs nothing.
 HEADLESS = $(BIN)/python -c "import cv2" 2>/dev/null || { $(PIP) uninstall --quiet --yes opencv-python && \
-	$(PIP) install --quiet --constraint constraints.txt opencv-python-headless; }
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) opencv-python-headless; }
 
 N ?= 1000
 
-.PHONY: demo test test-all fuzz lint format clean
+.PHONY: demo test test-all test-fast test-versions fuzz lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/timm-lean demo
 
-test: $(VENV)/.installed-dev lint
+test: lint test-fast
+
+test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed-dev lint
 	$(PYTEST)
+
+# The fast tests with the newest releases there are, then with the oldest that pyproject.toml allows.
+test-versions:
+	$(MAKE) test-fast VENV=.venv-newest CONSTRAINTS=/dev/null
+	@mkdir -p .venv-oldest && $(PYTHON) tools/oldest_versions.py > .venv-oldest/constraints.txt
+	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
 
 # Every fuzzer N times; a failure names the seed, and FUZZ_SEED=seed N=1 repeats it.
 fuzz: $(VENV)/.installed-dev
@@ -37,14 +46,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[mmdet]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[mmdet]"
 	@$(HEADLESS)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,mmdet]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,mmdet]"
 	@$(HEADLESS)
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) output build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest output build *.egg-info
