@@ -1,7 +1,8 @@
 """Print the oldest versions that pyproject.toml allows, one pin a line, for `pip install --constraint`."""
 import re
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 PYPROJECT = Path(__file__).parents[1] / 'pyproject.toml'
 
