@@ -96,9 +96,14 @@ def depth_command(args: argparse.Namespace) -> None:
         'models': list(map(asdict, rows)),
     }
     if args.verify:
-        from timm_lean.training.depth_sweep import verify_command
+        from timm_lean.training.depth_sweep import verify_bound
+        keys = ('data', 'data_dir', 'epochs', 'batch_size', 'train_images', 'lr', 'device', 'workers', 'hflip')
+        params = count_params(load_any(baseline, num_classes=num_classes))
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-            report['verify'] = verify_command(args, bound, size, num_classes, baseline)
+            report['verify'] = verify_bound(
+                bound, img_size=size, num_classes=num_classes, family=args.family,
+                budget=args.budget or f'params={params}', depths=args.depths, seeds=args.seeds,
+                output=args.output or 'output/depth', **{k: getattr(args, k) for k in keys})
     print(json.dumps(report, indent=2) if args.json else _format(report, entropy, rows))
 
 
@@ -114,10 +119,10 @@ def suggest(
         device: torch.device,
 ) -> list[ModelRow]:
     """The baseline and the suggested model, measured; `batch_size` 0 leaves out the step time."""
-    name, arguments = describe_member(family, bound, budget, num_classes, img_size, channels, baseline)
     extra = {'in_chans': channels} if channels != 3 and not Path(baseline).is_file() else {}
     base = load_any(baseline, num_classes=num_classes, **extra)
-    suggested = bounded_model(family, bound, budget, num_classes, img_size, channels, baseline)
+    name, arguments = describe_member(family, bound, budget, num_classes, img_size, channels, base)
+    suggested = bounded_model(family, bound, budget, num_classes, img_size, channels, base)
     if get_model_input_config(base)['input_size'][0] != channels and not extra:
         raise LeanError(f'The baseline {baseline} takes {get_model_input_config(base)["input_size"][0]} channels, the '
                         f'images have {channels}. Choose another --baseline.')

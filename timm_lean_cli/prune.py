@@ -85,6 +85,25 @@ def _check_options(args: argparse.Namespace, granularity: str) -> None:
                 raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {granularity}.')
 
 
+def prune_detector_command(args: argparse.Namespace) -> None:
+    """Run `timm-lean prune` on a detector.
+
+    Raises:
+        LeanError: Options for classification, or a detector that cannot be pruned so.
+    """
+    from timm_lean.mmdet.prune import prune_detector
+    if args.granularity != 'channel':
+        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
+                        'trains, by KernelPruningHook.')
+    if args.data or args.data_dir or args.finetune_epochs:
+        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
+                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
+    output = output_file(args.output, '.safetensors')
+    model: Any = prune_detector(
+        args.model, output, check_criterion(args.criterion), again=args.again, **channel_options(args))
+    print(model.channel_report)
+
+
 def channel_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that channel pruning takes, by the names of `prune_channels`."""
     option = vars(args).get

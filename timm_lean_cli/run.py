@@ -136,7 +136,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     if _is_detector(Path(args.model)):
-        from timm_lean.mmdet.prune import prune_detector_command
+        from .prune import prune_detector_command
         prune_detector_command(args)
         return
     from .prune import prune_command
@@ -201,7 +201,7 @@ def _detect(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     if args.det_dir or args.det_config or _is_detector(Path(args.model)):
-        from timm_lean.mmdet.export import export_detector_command
+        from .export import export_detector_command
         export_detector_command(args)
         return
     from .export import export_command

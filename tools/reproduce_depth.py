@@ -11,7 +11,7 @@ import argparse
 
 from timm_lean.depth.bound import DEFAULT_RULE, depth_bound
 from timm_lean.depth.entropy import dataset_entropy
-from timm_lean.training.depth_sweep import verify_command
+from timm_lean.training.depth_sweep import verify_bound
 from timm_lean_cli.depth import open_training_images
 
 
@@ -25,7 +25,10 @@ def run(args: argparse.Namespace) -> str:
     bound = depth_bound(entropy, size, entropy.channels, classes, args.rule)
     print(f'{entropy.bits:.4f} bits ({entropy.nats:.4f} nats) over {entropy.count:,} images; {size} px: '
           f'bound {bound}')
-    return verify_command(args, bound, size, classes)['text']
+    keys = ('data', 'data_dir', 'epochs', 'batch_size', 'train_images', 'lr', 'device', 'workers', 'hflip')
+    return verify_bound(
+        bound, img_size=size, num_classes=classes, family=args.family, budget=args.budget, depths=args.depths,
+        seeds=args.seeds, output=args.output, **{k: getattr(args, k) for k in keys})['text']
 
 
 def parser() -> argparse.ArgumentParser:

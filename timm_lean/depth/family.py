@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint.format import load_any
+from timm_lean.checkpoint.recipe import Recipe, build
 from timm_lean.errors import LeanError
 from timm_lean.measure.report import count_macs, count_params
 
@@ -173,7 +173,7 @@ def describe_member(
         num_classes: int = 10,
         img_size: int = 32,
         in_chans: int = 3,
-        baseline: str | None = None,
+        baseline: nn.Module | str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The timm name and arguments of `bounded_model(...)`, without its weights.
 
@@ -224,7 +224,7 @@ def bounded_model(
         num_classes: int = 10,
         img_size: int = 32,
         in_chans: int = 3,
-        baseline: str | None = None,
+        baseline: nn.Module | str | None = None,
 ) -> nn.Module:
     """Create the widest member of a family within a depth and a budget.
 
@@ -235,7 +235,7 @@ def bounded_model(
         num_classes: Number of classes.
         img_size: Side of the images in pixels; decides the number of stages and the stem.
         in_chans: Number of input channels.
-        baseline: timm name or checkpoint; `resnet56_cifar` up to 64 pixels and `resnet50` beyond if None.
+        baseline: A network or a timm name; `resnet56_cifar` up to 64 pixels and `resnet50` beyond if None.
 
     Returns:
         A timm model, newly initialized; its name and arguments are in its recipe, so it saves and loads like any other.
@@ -253,7 +253,11 @@ def bounded_model(
 
 
 def _resolve_budget(
-        budget: Budget | str | int | None, baseline: str | None, num_classes: int, img_size: int, in_chans: int,
+        budget: Budget | str | int | None,
+        baseline: nn.Module | str | None,
+        num_classes: int,
+        img_size: int,
+        in_chans: int,
 ) -> Budget:
     if isinstance(budget, Budget):
         return budget
@@ -261,10 +265,8 @@ def _resolve_budget(
         return Budget.parse(budget)
     if budget is not None:
         return Budget(budget)
-    name = baseline or default_baseline(img_size)
-    return Budget(count_params(load_any(name, num_classes=num_classes, **_in_chans(name, in_chans))))
-
-
-def _in_chans(source: str, in_chans: int) -> dict[str, Any]:
-    """Checkpoints have the channels they have."""
-    return {'in_chans': in_chans} if in_chans != 3 and timm.is_model(source.split('.')[0]) else {}
+    if baseline is None or isinstance(baseline, str):
+        extra = {} if in_chans == 3 else {'in_chans': in_chans}
+        with torch.device('meta'):
+            baseline = build(Recipe(baseline or default_baseline(img_size), {'num_classes': num_classes, **extra}))
+    return Budget(count_params(baseline))

@@ -11,7 +11,37 @@ from timm_lean.layers import SharedBasisConv2d
 from timm_lean.measure.report import measure_latency
 from timm_lean.sharing.fold import fold, to_dense
 
-__all__ = ['fold_faster']
+__all__ = ['fold_as_asked', 'fold_faster']
+
+
+def fold_as_asked(
+        model: nn.Module,
+        how: str | None,
+        shape: Sequence[int],
+        device: torch.device | str = 'cpu',
+) -> tuple[nn.Module, str]:
+    """Fold nothing, everything, or what is faster dense; the way in which `export` folds.
+
+    Args:
+        model: A model in eval mode.
+        how: None, 'all' or 'auto'.
+        shape: Shape `[B, C, H, W]` of the model's input.
+        device: Where 'auto' measures.
+
+    Returns:
+        The model and a line that says what was done, '' if nothing was asked for. A model with nothing to fold is
+        returned as it is.
+    """
+    if how is None:
+        return model, ''
+    if not any(isinstance(m, SharedBasisConv2d) for m in model.modules()):
+        return model, 'nothing to fold: the network has no shared convolution'
+    if how == 'all':
+        new = fold(model)
+        return new, str(new.fold_report)
+    new, times = fold_faster(model, shape, device)
+    folded = sum(dense < shared for shared, dense in times.values())
+    return new, f'{folded} of {len(times)} shared convolutions are faster dense on {device} and were folded'
 
 
 def fold_faster(

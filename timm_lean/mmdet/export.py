@@ -1,9 +1,9 @@
-"""`timm-lean export` for detectors: the folder that `load_detector` takes, and the backbone alone as ONNX or `.pt2`.
+"""A detector's backbone alone, as ONNX and torch.export files for other runtimes.
 
 Necks and heads stay with MMDetection: their post-processing is not one graph. Runtimes that want the features get them.
 """
-import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +11,91 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_lean.checkpoint.files import output_file
 from timm_lean.errors import LeanError
-from timm_lean.export.forms import check_onnx_installed
-from timm_lean.training.device import resolve_device
-from timm_lean_cli.export import Row, fold_as_asked, format_rows, write_forms
+from timm_lean.export.auto import fold_as_asked
+from timm_lean.export.table import Form, format_forms, write_forms
 
 from .backbone import TimmBackbone
-from .detector import build_detector, export_detector, load_detector, load_strictly
+from .detector import build_detector, load_detector, load_strictly
 from .predict import read_image
 from .scenes import write_scenes
 from .settings import open_config
 
-__all__ = ['export_detector_command']
+__all__ = ['BackboneForms', 'export_backbone']
 
 _CHECK_IMAGES = 8
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp')
-_IMG_SIZE = 320
+IMG_SIZE = 320
 
 
-def export_detector_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean export` on a detector.
+@dataclass(frozen=True)
+class BackboneForms:
+    """What `export_backbone` wrote; `str()` says it.
+
+    Attributes:
+        levels: Stride and channels of every output.
+        forms: The backbone in PyTorch, then the files.
+        shape: `[1, 3, H, W]`, the input of the latencies in the table.
+        folded: What was folded; '' if nothing was to be.
+    """
+    levels: tuple[tuple[int, int], ...]
+    forms: list[Form]
+    shape: tuple[int, int, int, int]
+    folded: str = ''
+
+    def __str__(self) -> str:
+        levels = ', '.join(
+            f'level_{i}: stride {stride}, {channels} channels' for i, (stride, channels) in enumerate(self.levels))
+        notes = [self.folded, *(form.note for form in self.forms), f'levels: {levels}']
+        return '\n'.join([*filter(None, notes), format_forms(self.forms, self.shape)])
+
+
+def export_backbone(
+        source: str | Path,
+        *,
+        config: str | Path | None = None,
+        onnx: str | Path | None = None,
+        torch_export: str | Path | None = None,
+        fold: str | None = None,
+        img_size: int = IMG_SIZE,
+        data_dir: str | Path | None = None,
+        device: torch.device | str = 'cpu',
+) -> BackboneForms:
+    """Write the backbone of a trained detector in other forms, each checked against PyTorch on real images.
 
     Args:
-        args: `model`, `det_dir`, `det_config`, `fold`, `onnx`, `torch_export`, `half`, `hf_dir`, `output`, `data`,
-            `data_dir`, `img_size`, `device`.
+        source: A file of `SafetensorsHook`, a folder of `export_detector`, or a `.pth` with its `config`.
+        config: The detector's config, if it is a `.pth`.
+        onnx: The `.onnx` file to write.
+        torch_export: The `.pt2` file to write.
+        fold: Fold shared bases first: 'all' of them, or 'auto', those that are faster dense on `device`.
+        img_size: Side of the images it is checked and timed on, in pixels.
+        data_dir: Images to check with; the embedded scenes if None.
+        device: Where the backbone in PyTorch is timed.
 
     Raises:
-        LeanError: Options for classification, or a detector that cannot be written so.
+        LeanError: Not a detector with a `TimmBackbone`, too few images, or a form that computes something else.
     """
-    _check(args)
-    if args.onnx or args.torch_export:
-        _export_backbone(args)
-    if args.det_dir:
-        folder = export_detector(args.det_config, args.model, args.det_dir)
-        print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.output or args.hf_dir or args.half:
-        raise LeanError(f'{args.model} is a detector: -o, --hf-dir and --half are for classification. Give --det-dir '
-                        'DIR for the whole detector, --onnx FILE or --torch-export FILE for its backbone.')
-    if not (args.det_dir or args.onnx or args.torch_export):
-        raise LeanError(f'{args.model} is a detector: give --det-dir DIR for the whole of it, --onnx FILE or '
-                        '--torch-export FILE for its backbone.')
-    if args.fold and not (args.onnx or args.torch_export):
-        raise LeanError('--fold is for --onnx and --torch-export: detectors are stored as they are trained.')
-    for option, path, suffix in (('--onnx', args.onnx, '.onnx'), ('--torch-export', args.torch_export, '.pt2')):
-        if path:
-            output_file(path, suffix, option)
-    if args.onnx:
-        check_onnx_installed()
-
-
-def _export_backbone(args: argparse.Namespace) -> None:
-    if args.det_config:
-        model: Any = build_detector(open_config(args.det_config))
-        load_strictly(model, args.model)
+    if config:
+        model: Any = build_detector(open_config(config))
+        load_strictly(model, source)
     else:
-        model = load_detector(args.model)
+        model = load_detector(source)
     if not isinstance(model.backbone, TimmBackbone):
-        raise LeanError(f'{args.model}: the backbone is a {type(model.backbone).__name__}, only a TimmBackbone can be '
+        raise LeanError(f'{source}: the backbone is a {type(model.backbone).__name__}, only a TimmBackbone can be '
                         'exported alone.')
-    device, cpu = resolve_device(args.device), torch.device('cpu')
-    size = args.img_size or _IMG_SIZE
-    shape = (1, 3, size, size)
+    device, cpu = torch.device(device), torch.device('cpu')
+    shape = (1, 3, img_size, img_size)
+    images = _normalized(_images(data_dir, img_size), model.data_preprocessor)
     net = model.backbone.net.eval()
-    source = Path(args.model)
-    rows: list[Row] = [(f'backbone of {args.model}', source.stat().st_size if source.is_file() else None, net, device)]
-    images = _normalized(_images(args.data_dir, size), model.data_preprocessor)
-    rows += write_forms(fold_as_asked(net, args.fold, shape, device).to(cpu), images, args.onnx, args.torch_export)
-    print('levels: ' + ', '.join(
-        f'level_{i}: stride {stride}, {channels} channels' for i, (stride, channels) in enumerate(
-            zip(model.backbone.out_strides, model.backbone.out_channels, strict=True))))
-    print(format_rows(rows, shape))
+    first = Form.of_file(source, net, device, f'backbone of {source}')
+    net, folded = fold_as_asked(net, fold, shape, device)
+    forms = [first, *write_forms(net.to(cpu), images, onnx=onnx, torch_export=torch_export)]
+    levels = zip(model.backbone.out_strides, model.backbone.out_channels, strict=True)
+    return BackboneForms(tuple(levels), forms, shape, folded)
 
 
-def _images(data_dir: str | None, size: int) -> np.ndarray:
+def _images(data_dir: str | Path | None, size: int) -> np.ndarray:
     """Real images to check with, RGB, uint8, `[B, size, size, 3]`: a folder's, else the embedded scenes."""
     if data_dir is None:
         with tempfile.TemporaryDirectory() as folder:

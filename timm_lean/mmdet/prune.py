@@ -6,7 +6,6 @@ numbers.
 
 Limits: a feature level must end in a batch norm of its own channels (ResNet, MobileNet, RegNet kinds; not DenseNet).
 """
-import argparse
 import copy
 from functools import partial
 from pathlib import Path
@@ -15,37 +14,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint.files import output_file
 from timm_lean.checkpoint.recipe import Recipe, build
 from timm_lean.errors import LeanError
 from timm_lean.pruning import prune_channels
-from timm_lean.pruning.spectral import check_criterion
-from timm_lean_cli.prune import channel_options
 
 from .backbone import TimmBackbone
 from .channels import AUTO
 from .detector import build_detector, describe, load_detector, save_detector
 from .network import copy_weights, feature_levels
 
-__all__ = ['prune_detector', 'prune_detector_command']
-
-
-def prune_detector_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean prune` on a detector; `args` as for classification, see `pruning.command`.
-
-    Raises:
-        LeanError: Options for classification, or a detector that cannot be pruned so.
-    """
-    if args.granularity != 'channel':
-        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
-                        'trains, by KernelPruningHook.')
-    if args.data or args.data_dir or args.finetune_epochs:
-        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
-                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
-    output = output_file(args.output, '.safetensors')
-    model: Any = prune_detector(
-        args.model, output, check_criterion(args.criterion), again=args.again, **channel_options(args))
-    print(model.channel_report)
+__all__ = ['prune_detector']
 
 
 def prune_detector(

@@ -4,7 +4,6 @@ https://arxiv.org/abs/2106.14190 claims that networks deeper than the data's ent
 more accurate. For each depth the family's member of equal budget is trained with several seeds; accuracy, time per
 epoch and the share of near-identity residual blocks are put against depth.
 """
-import argparse
 import csv
 import json
 import statistics
@@ -17,7 +16,7 @@ import torch
 
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.checkpoint.format import load_model
-from timm_lean.depth.family import Budget, bounded_model, default_baseline, describe_member
+from timm_lean.depth.family import FAMILIES, bounded_model, describe_member, list_families
 from timm_lean.errors import LeanError, PackageMissingError
 from timm_lean.measure.conv_depth import conv_depth, module_depths
 from timm_lean.measure.identity import identity_ratios, near_identity_share
@@ -26,7 +25,10 @@ from timm_lean.training import TrainConfig, train
 
 from .data import create_eval_loader, model_data_config, open_dataset
 
-__all__ = ['Run', 'Sweep', 'compare', 'run_sweep', 'summarize', 'verify_command']
+__all__ = ['SWEEP_TRAINING', 'Run', 'Sweep', 'compare', 'run_sweep', 'summarize', 'verify_bound']
+
+SWEEP_TRAINING: dict[str, Any] = dict(epochs=15, batch_size=32, opt='momentum', lr=0.05, cache=True)
+"""Settings of a sweep's runs that suit small networks."""
 
 _IDENTITY_IMAGES = 512
 
@@ -90,6 +92,10 @@ def run_sweep(sweep: Sweep) -> list[Run]:
     Raises:
         LeanError: Settings that cannot be met.
     """
+    size = sweep.train.img_size or 32
+    networks = [(*describe_member(sweep.family, depth, sweep.budget, sweep.num_classes, size),
+                 bounded_model(sweep.family, depth, sweep.budget, sweep.num_classes, size))
+                for depth in sweep.depths]  # all of them before the first is trained: a depth may be out of reach
     folder = writable_dir(sweep.output)
     done_file = folder / 'runs.json'
     ignored = ('output', 'depths', 'seeds')
@@ -100,12 +106,9 @@ def run_sweep(sweep: Sweep) -> list[Run]:
         if stored['settings'] != settings:
             raise LeanError(f'{folder} holds a sweep with other settings. Choose another output folder.')
         runs = [Run(**r) for r in stored['runs']]
-    size = sweep.train.img_size or 32
     done = {(r.depth, r.seed) for r in runs}
     for seed in sweep.seeds:
-        for depth in sweep.depths:
-            name, arguments = describe_member(sweep.family, depth, sweep.budget, sweep.num_classes, size)
-            model = bounded_model(sweep.family, depth, sweep.budget, sweep.num_classes, size)
+        for name, arguments, model in networks:
             real = conv_depth(model, (3, size, size))
             if (real, seed) in done:
                 continue
@@ -242,23 +245,40 @@ def report_sweep(runs: Sequence[Run], bound: int, folder: str | Path) -> dict[st
     return result
 
 
-def verify_command(
-        args: argparse.Namespace, bound: int, img_size: int, num_classes: int, baseline: str | None = None,
+def verify_bound(
+        bound: int,
+        *,
+        img_size: int,
+        num_classes: int,
+        family: str = 'resnet',
+        budget: str | None = None,
+        depths: Sequence[int] | None = None,
+        seeds: int = 3,
+        output: str = 'output/depth',
+        **training: Any,
 ) -> dict[str, Any]:
-    """Run the sweep that `timm-lean depth --verify` asks for."""
-    from timm_lean.depth.family import FAMILIES
-    least = FAMILIES[args.family].depth((FAMILIES[args.family].min_blocks,)) if args.family in FAMILIES else 1
-    data = 'digits' if args.data == 'digits' or not args.data_dir else 'folder'
-    config = TrainConfig(
-        model='-', data=data, data_dir=args.data_dir, img_size=img_size, epochs=args.epochs,
-        batch_size=args.batch_size, train_images=args.train_images, cache=True, opt='momentum', lr=args.lr,
-        warmup_epochs=1 if args.epochs > 1 else 0, device=args.device, workers=args.workers,
-        hflip=args.hflip)
-    budget = args.budget
-    if budget is None:
-        from timm_lean.checkpoint.format import load_any
-        params = count_params(load_any(baseline or default_baseline(img_size), num_classes=num_classes))
-        budget = f'params={Budget(params).value}'
-    sweep = Sweep(bound, args.depths or default_depths(bound, least), range(args.seeds), args.family, budget,
-                  num_classes, config, args.output or 'output/depth')
+    """Run a sweep around a bound and report it.
+
+    Args:
+        bound: The depth bound that is checked.
+        img_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        family: See `Sweep`, as `budget` and `output`.
+        depths: Depths to train; from a quarter of the bound to three times if None.
+        seeds: How often each depth is trained.
+        **training: Settings of `TrainConfig` over `SWEEP_TRAINING`.
+
+    Raises:
+        LeanError: Settings that cannot be met; nothing has been written then.
+    """
+    if family not in FAMILIES:
+        raise LeanError(f'Unknown family {family!r}. Known: {", ".join(list_families())}.')
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise LeanError(f'seeds must be a whole number of at least 1, got {seeds!r}.')
+    settings = {**SWEEP_TRAINING, **training}
+    settings.setdefault('warmup_epochs', min(1, settings['epochs'] - 1))
+    config = TrainConfig.from_args({'model': '-', 'img_size': img_size, **settings})
+    least = FAMILIES[family].depth((FAMILIES[family].min_blocks,))
+    sweep = Sweep(
+        bound, depths or default_depths(bound, least), range(seeds), family, budget, num_classes, config, output)
     return report_sweep(run_sweep(sweep), bound, sweep.output)

@@ -1,0 +1,79 @@
+"""The forms of one model beside each other: what was written, how large it is, how fast it runs."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from timm_lean.measure.report import human_bytes, measure_latency
+
+from .forms import onnx_form, save_onnx, save_torch_export, torch_export_form
+
+__all__ = ['Form', 'format_forms', 'write_forms']
+
+_CPU = torch.device('cpu')
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a model.
+
+    Attributes:
+        name: Its title in the table.
+        bytes: Size of its file; None if there is none.
+        module: How to run it.
+        device: Where to run it.
+        note: How well it agrees with PyTorch; '' for PyTorch itself.
+    """
+    name: str
+    bytes: int | None
+    module: nn.Module
+    device: torch.device = _CPU
+    note: str = ''
+
+    @classmethod
+    def of_file(cls, path: str | Path, module: nn.Module, device: torch.device, title: str = '') -> 'Form':
+        """A model loaded from `path`; a name that is no file has no size."""
+        file = Path(path)
+        return cls(title or str(path), file.stat().st_size if file.is_file() else None, module, device)
+
+
+def write_forms(
+        model: nn.Module,
+        images: torch.Tensor,
+        *,
+        onnx: str | Path | None = None,
+        torch_export: str | Path | None = None,
+) -> list[Form]:
+    """Write a model as ONNX and by torch.export, whichever is asked for, each checked on real images.
+
+    Args:
+        model: A model in eval mode on the CPU.
+        images: At least two images `[B, C, H, W]` to check the files with.
+        onnx: The `.onnx` file to write.
+        torch_export: The `.pt2` file to write.
+    """
+    forms = []
+    for path, save, load in ((onnx, save_onnx, onnx_form), (torch_export, save_torch_export, torch_export_form)):
+        if path:
+            error = save(model, images, path)
+            note = f'{path}: within {error:.1e} of PyTorch on {len(images)} images'
+            forms.append(Form(str(path), Path(path).stat().st_size, load(path), note=note))
+    return forms
+
+
+def format_forms(forms: list[Form], shape: tuple[int, ...]) -> str:
+    """Size and latency of every form, measured in turn on inputs of a shape `[B, C, H, W]`."""
+    times: dict[int, float] = {}
+    for device in dict.fromkeys(form.device for form in forms):
+        chosen = [i for i, form in enumerate(forms) if form.device == device]
+        measured = measure_latency([forms[i].module for i in chosen], [shape] * len(chosen), device)
+        times.update({i: ms for i, (ms, _, _) in zip(chosen, measured, strict=True)})
+    cells = [('form', 'file', 'latency', 'device')] + [
+        (form.name, '-' if form.bytes is None else human_bytes(form.bytes), f'{times[i]:.2f} ms', str(form.device))
+        for i, form in enumerate(forms)]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines.append(f'latency: batch 1 of {shape[1]} x {shape[2]} x {shape[3]}, median of 20, in turn, '
+                 f'{torch.get_num_threads()} threads')
+    return '\n'.join(lines)
