@@ -111,7 +111,7 @@ def test_plot(tmp_path):
         plot_similarity(before, after, path)
         with Image.open(path) as image:
             assert min(image.size) > 300 and len(image.convert('RGB').getcolors(2 ** 20)) > 3
-    with pytest.raises(LeanError, match='cannot be written'):
-        plot_similarity(before, None, tmp_path / 'missing' / 'x.png')
-    with pytest.raises(LeanError, match='cannot be written'):
+    with pytest.raises(LeanError, match='Cannot write to the folder'):
+        plot_similarity(before, None, tmp_path / 'True.png' / 'x.png')
+    with pytest.raises(LeanError, match='must end in'):
         plot_similarity(before, None, tmp_path / 'x.nonsense')

@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-from timm_lean.checkpoint.files import atomic_file, writable_dir
+from timm_lean.checkpoint.files import writable_dir
 from timm_lean.checkpoint.format import load_model, save_hf_dir, save_model
 from timm_lean.errors import LeanError
+from timm_lean.measure.pictures import COLORS, REFERENCE, new_figure, save_figure, style_axes
 from timm_lean.measure.report import ModelReport, format_table, model_reports
 from timm_lean.sharing.fold import fold
 from timm_lean.training import TrainConfig, train
@@ -103,18 +104,15 @@ def _draw(
         model: nn.Module,
 ) -> None:
     """A row of digits with their predictions above bars of the comparison."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     config = model_data_config(model)
     mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    figure = Figure(figsize=(10, 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure, _ = new_figure((10, 4.5), rows=0)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6)).tolist()  # type: ignore[union-attr]
     top.suptitle('Predictions of the reloaded shared-basis network')
     for axes, i in zip(top.subplots(1, 10), range(0, 350, 35), strict=True):
         axes.imshow((images[i] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
         prediction = int(logits[i].argmax())
-        axes.set_title(str(prediction), color='green' if prediction == int(targets[i]) else 'red')
+        axes.set_title(str(prediction), color=COLORS[2] if prediction == int(targets[i]) else COLORS[3])
         axes.axis('off')
     values = [
         ('parameters, thousand', [r.params / 1e3 for r in reports]),
@@ -123,8 +121,8 @@ def _draw(
         ('latency, ms (batch 1)', [r.latency_ms for r in reports]),
     ]
     for axes, (title, heights) in zip(bottom.subplots(1, 4), values, strict=True):
-        axes.bar([r.name for r in reports], heights, color=['0.6', 'C0', 'C1'])
+        style_axes(axes)
+        axes.bar([r.name for r in reports], heights, color=[REFERENCE, *COLORS[:2]])
         axes.set_title(title)
         axes.tick_params(axis='x', labelrotation=20)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
+    save_figure(figure, path)

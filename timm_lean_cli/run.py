@@ -58,7 +58,8 @@ def _info(args: argparse.Namespace) -> None:
     if args.img_size is not None and args.img_size < 1:
         raise LeanError(f'--img-size must be at least 1, got {args.img_size}.')
     if args.plot:
-        from timm_lean.measure.tradeoff import check_picture, plot_tradeoff
+        from timm_lean.measure.pictures import check_picture
+        from timm_lean.measure.tradeoff import plot_tradeoff
         check_picture(args.plot)
     sources = [args.model, *args.vs]
     reports = model_reports(sources, args.img_size, args.latency, device)

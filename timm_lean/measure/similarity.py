@@ -14,6 +14,8 @@ import torch.nn as nn
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 
+from .pictures import layer_figure, save_figure
+
 __all__ = ['feature_similarity', 'format_similarity', 'plot_similarity']
 
 _MAX_COSINES = 2 ** 24  # elements of the [b, C, C] cosines held at once
@@ -123,32 +125,23 @@ def format_similarity(before: dict[str, float], after: dict[str, float] | None =
 
 
 def plot_similarity(before: dict[str, float], after: dict[str, float] | None, path: str | Path) -> None:
-    """Draw one or two measurements side by side, a group of bars per layer, to an image file (`.png`, `.svg`, `.pdf`).
+    """Draw one or two measurements side by side, a group of bars per layer, as `save_figure` writes pictures.
 
     Raises:
         LeanError: The two measurements have no layer in common, or the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = _common(before, after)
-    figure = Figure(figsize=(max(6.0, 0.28 * len(names) + 2), 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = layer_figure(names)
     columns = [('before', before)] if after is None else [('before', before), ('after', after)]
     width = 0.8 / len(columns)
     for k, (label, values) in enumerate(columns):
         places = [i + (k - (len(columns) - 1) / 2) * width for i in range(len(names))]
         axes.bar(places, [values[name] for name in names], width, label=label)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_ylabel('mean |cosine| of two feature maps')
     axes.set_ylim(0, None)
     if after is not None:
         axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:
-        raise LeanError(f'The plot cannot be written to {str(path)!r}: {e}') from e
+    save_figure(figure, path)
 
 
 def _common(before: dict[str, float], after: dict[str, float] | None) -> list[str]:

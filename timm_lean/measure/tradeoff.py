@@ -2,27 +2,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_lean.checkpoint.files import atomic_file, writable_dir
-from timm_lean.errors import LeanError
-
+from .pictures import COLORS, check_picture, new_figure, save_figure
 from .report import ModelReport, human_count
 
-__all__ = ['check_picture', 'pareto_front', 'plot_tradeoff']
+__all__ = ['pareto_front', 'plot_tradeoff']
 
 _LARGEST_POINT = 900.  # square typographic points
-
-
-def check_picture(path: str | Path) -> str:
-    """Format of a picture by the end of its name; raises a LeanError for one that matplotlib cannot write."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    path, known = Path(path), FigureCanvasAgg.get_supported_filetypes()
-    kind = path.suffix.removeprefix('.').lower()
-    if kind not in known:
-        raise LeanError(f'--plot {path}: the name must end in one of {", ".join("." + k for k in sorted(known))}.')
-    if path.is_dir():
-        raise LeanError(f'--plot {path} is a folder; give the name of a file.')
-    writable_dir(path.parent)
-    return kind
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -50,23 +35,18 @@ def plot_tradeoff(reports: Sequence[ModelReport], path: str | Path) -> None:
     Raises:
         LeanError: The file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kind = check_picture(path)
+    check_picture(path)
     timed = all(r.latency_ms is not None for r in reports)
     costs = [float(r.latency_ms) if r.latency_ms is not None and timed else float(r.macs) for r in reports]
     accuracies = [r.top1 if r.top1 is not None else float('nan') for r in reports]
     most = max(r.params for r in reports)
 
-    figure = Figure(figsize=(7.5, 5), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure()
     front = pareto_front(list(zip(costs, accuracies, strict=True)))
     axes.plot([costs[i] for i in front], [accuracies[i] for i in front], color='0.75', linewidth=1, zorder=1)
     for i, (report, cost, accuracy) in enumerate(zip(reports, costs, accuracies, strict=True)):
         side = (report.params / most * _LARGEST_POINT) ** 0.5
-        axes.scatter([cost], [accuracy], s=side ** 2, color=f'C{i}', alpha=0.7, linewidths=0, zorder=2)
+        axes.scatter([cost], [accuracy], s=side ** 2, color=COLORS[i % len(COLORS)], alpha=0.7, linewidths=0, zorder=2)
         axes.annotate(
             f'{report.name.removesuffix(".safetensors")}\n{human_count(report.params)} parameters', (cost, accuracy),
             xytext=(side / 2 + 3, 0), textcoords='offset points', va='center', fontsize=8)
@@ -80,6 +60,4 @@ def plot_tradeoff(reports: Sequence[ModelReport], path: str | Path) -> None:
         f'milliseconds per image, batch 1 on {reports[0].device}' if timed
         else 'multiply-accumulates' + (f' at {sizes.pop()} px' if len(sizes) == 1 else ", each at its own image size"))
     axes.set_ylabel('top-1 accuracy (%)')
-    axes.grid(alpha=0.3)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format=kind)
+    save_figure(figure, path)

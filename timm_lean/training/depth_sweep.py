@@ -20,6 +20,7 @@ from timm_lean.depth.family import FAMILIES, bounded_model, describe_member, lis
 from timm_lean.errors import LeanError, PackageMissingError
 from timm_lean.measure.conv_depth import conv_depth, module_depths
 from timm_lean.measure.identity import identity_ratios, near_identity_share
+from timm_lean.measure.pictures import REFERENCE, new_figure, save_figure
 from timm_lean.measure.report import count_params
 from timm_lean.training import TrainConfig, train
 
@@ -210,12 +211,9 @@ def format_sweep(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str,
 
 def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
     """Accuracy, time per epoch and the blocks' ratios against depth, the bound as a line."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
     rows = summarize(runs)
     depths = [r['depth'] for r in rows]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    figure, axes = new_figure((14, 4), columns=3)
     axes[0].errorbar(depths, [r['top1'] for r in rows], [r['top1_std'] for r in rows], marker='o', capsize=3)
     axes[0].set_ylabel('top-1 %')
     axes[1].plot(depths, [r['epoch_seconds'] for r in rows], marker='o')
@@ -228,11 +226,9 @@ def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
     for axis in axes[:2]:
         axis.set_xlabel('convolutions on the longest path')
     for axis in axes:
-        axis.axvline(bound, color='tab:red', linestyle='--', label=f'bound {bound}')
+        axis.axvline(bound, color=REFERENCE, linestyle='--', label=f'bound {bound}')
         axis.legend()
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
-    plt.close(figure)
+    save_figure(figure, file)
 
 
 def report_sweep(runs: Sequence[Run], bound: int, folder: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from timm_lean.checkpoint.files import atomic_file
+from timm_lean.measure.pictures import new_figure, save_figure
 
 __all__ = ['RunLog', 'plot_curves']
 
@@ -77,24 +78,17 @@ class RunLog:
 
 def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
     """Plot losses, regularizer terms and accuracy against the epoch."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     epochs = [row['epoch'] for row in rows]
     losses = [name for name in rows[0] if 'loss' in name]
     others = [name for name in rows[0] if name in ('train_top1', 'eval_top1', 'eval_top5')]
-    figure = Figure(figsize=(9, 3.5), layout='constrained')
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure((9, 3.5), columns=2)
     for axes, names, title in ((left, losses, 'loss'), (right, others, 'accuracy, %')):
         for name in names:
             axes.plot(epochs, [row[name] for row in rows], label=name, marker='.' if len(rows) < 30 else None)
         axes.set_xlabel('epoch')
         axes.set_title(title)
-        axes.grid(alpha=0.3)
         if names:
             axes.legend()
     if any(row[name] > 0 for name in losses for row in rows):
         left.set_yscale('log')
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
+    save_figure(figure, path)
