@@ -759,3 +759,21 @@ def test_error_messages_are_one_line(good, tmp_path):
                  with_entry(good.read_bytes(), steps=[{'op': 'melt'}]), with_entry(good.read_bytes(), '{'),
                  with_entry(good.read_bytes(), model_args={'num_classes': 10 ** 30})):
         assert '\n' not in refused(tmp_path / 'm.safetensors', data, None)
+
+
+def test_timms_weights_are_asked_for_by_name(monkeypatch):
+    """Without `pretrained` weights are random; with it they are timm's, and what cannot be had is one line."""
+    with pytest.raises(LeanError, match=r"no trained weights for 'resnet20_cifar'"):
+        load_any('resnet20_cifar', pretrained=True)
+    asked = []
+
+    def offline(name, pretrained=False, **kwargs):
+        asked.append((name, pretrained))
+        if pretrained:
+            raise OSError('no route to host\nfor several reasons')
+        return timm.models.create_model(name, **kwargs)
+
+    monkeypatch.setattr('timm_lean.checkpoint.format.timm.create_model', offline)
+    with pytest.raises(LeanError, match=r"timm's weights for 'resnet10t' cannot be had \(OSError\)") as e:
+        load_any('resnet10t', pretrained=True)
+    assert '\n' not in str(e.value) and asked[-1] == ('resnet10t', True)

@@ -187,7 +187,7 @@ def test_the_command_shares_and_distills(tmp_path, capsys):
 @pytest.mark.parametrize('teacher, message', [
     ('missing.safetensors', 'missing.safetensors'),
     ('resnet_nope', "Unknown model 'resnet_nope'"),
-    ('resnet20_cifar', 'no trained weights under this name'),
+    ('resnet20_cifar', 'timm has no trained weights'),
 ])
 def test_teachers_that_cannot_be(teacher, message):
     with pytest.raises(LeanError, match=message):

@@ -109,13 +109,17 @@ def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:
     return model.eval()
 
 
-def load_any(source: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
+def load_any(source: str, *, pretrained: bool = False, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
     """Create a model from a timm name, a checkpoint file, or `local-dir:DIR` with its weights.
 
     Args:
         source: What to load.
+        pretrained: Give a timm name timm's weights (a download, unless they are in the cache) instead of random ones.
         num_classes: Number of classes; a checkpoint's classifier is replaced if it has another number.
         **kwargs: Model arguments for a timm name.
+
+    Returns:
+        The model, in eval mode, on the CPU.
 
     Raises:
         LeanError: There is no such model, or it cannot be loaded.
@@ -146,7 +150,20 @@ def load_any(source: str, num_classes: int | None = None, **kwargs: Any) -> nn.M
                         + (f' Did you mean one of {near} ...?' if near else '') + ' See `timm-lean models`.')
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
-    return build(Recipe(name, kwargs))
+    return _timm_pretrained(name, kwargs) if pretrained else build(Recipe(name, kwargs)).eval()
+
+
+def _timm_pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model_pretrained(name) else None
+    if cfg is None or not cfg.has_weights:
+        raise LeanError(f'timm has no trained weights for {name!r}. Give a checkpoint file.')
+    with torch.device('meta'):
+        build(Recipe(name, kwargs))  # so that arguments that do not fit are not blamed on the download
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs).eval()
+    except Exception as e:  # of many kinds, from the hub's client
+        raise LeanError(f"timm's weights for {name!r} cannot be had ({type(e).__name__}); without a network they must "
+                        'be in the cache. Give a checkpoint file instead.') from e
 
 
 def set_head(model: nn.Module, num_classes: int) -> None:

@@ -7,7 +7,6 @@ do not matter, only its features.
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
 from timm.task import FeatureDistillationTask
@@ -70,16 +69,10 @@ def load_teacher(source: str) -> nn.Module:
     Raises:
         LeanError: There is no such network, or no trained weights for it.
     """
-    if not timm.is_model(source.split('.')[0]):
-        return load_any(source)
-    cfg = timm.get_pretrained_cfg(source, allow_unregistered=False) if timm.is_model_pretrained(source) else None
-    if cfg is None or not cfg.has_weights:
-        raise LeanError(f'--distill {source}: timm has no trained weights under this name. Give a checkpoint.')
     try:
-        return timm.create_model(source, pretrained=True)
-    except Exception as e:  # of many kinds, from the hub's client
-        raise LeanError(f'--distill {source}: its weights cannot be had ({type(e).__name__}). Give a checkpoint.'
-                        ) from e
+        return load_any(source, pretrained=True)
+    except LeanError as e:
+        raise LeanError(f'--distill {source}: {e}') from e
 
 
 @torch.no_grad()
