@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and nothing that is not whole gets in."""
 import copy
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import timm_lean.checkpoint
-from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
+from timm_lean import CheckpointError, LeanError, OutputError, fold, load_model, save_model
 from timm_lean.checkpoint.format import load_any, read_header, save_hf_dir
 from timm_lean.checkpoint.recipe import Recipe, recipe_of
 from timm_lean.layers import SharedBasisConv2d
@@ -259,23 +260,23 @@ def test_load_any_names_what_it_cannot_load(source, words):
 
 def _half_a_file(tensors, path, metadata=None):
     Path(path).write_bytes(b'half')
-    raise OSError('No space left on device')
+    raise OSError(errno.ENOSPC, 'No space left on device')
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / 'm.safetensors'
     save_model(model_of('resnet20_cifar'), path)
     before = path.read_bytes()
-    monkeypatch.setattr(timm_lean.checkpoint, 'save_file', _half_a_file)
-    with pytest.raises(OSError, match='No space'):
+    monkeypatch.setattr(timm_lean.checkpoint.format, 'save_file', _half_a_file)
+    with pytest.raises(OutputError, match='No space left on device'):
         save_model(model_of('resnet20_cifar'), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['m.safetensors']
 
 
 def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_lean.checkpoint, 'save_file', _half_a_file)
-    with pytest.raises(OSError, match='No space'):
+    monkeypatch.setattr(timm_lean.checkpoint.format, 'save_file', _half_a_file)
+    with pytest.raises(OutputError, match='No space left on device'):
         save_model(model_of('resnet20_cifar'), tmp_path / 'm.safetensors')
     assert os.listdir(tmp_path) == []
 
@@ -286,9 +287,9 @@ def test_a_failed_export_leaves_the_old_folder(tmp_path, monkeypatch):
 
     def fail(model, folder, **kwargs):
         (Path(folder) / 'config.json').write_text('{}')
-        raise OSError('No space left on device')
-    monkeypatch.setattr(timm_lean.checkpoint, 'save_for_hf', fail)
-    with pytest.raises(OSError, match='No space'):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(timm_lean.checkpoint.format, 'save_for_hf', fail)
+    with pytest.raises(OutputError, match='No space left on device'):
         save_hf_dir(HF['folded'](), tmp_path / 'hf')
     assert os.listdir(tmp_path) == ['hf']
     assert_same(model, timm.create_model(f'local-dir:{tmp_path}/hf', pretrained=True))

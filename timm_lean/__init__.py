@@ -3,13 +3,13 @@
 Importing this package registers its models with timm.
 """
 from . import models, pruning, sharing  # what registers models or recipe steps
-from .checkpoint.format import load_model, save_model
-from .errors import CheckpointError, LeanError
+from .checkpoint.format import load_model, save_hf_dir, save_model
+from .errors import CheckpointError, LeanError, OutputError
 from .regularizers import create_regularizer
 from .sharing import fold, share
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'LeanError', '__version__', 'create_regularizer', 'fold', 'load_model', 'models', 'pruning',
-    'save_model', 'share', 'sharing',
+    'CheckpointError', 'LeanError', 'OutputError', '__version__', 'create_regularizer', 'fold', 'load_model', 'models',
+    'pruning', 'save_hf_dir', 'save_model', 'share', 'sharing',
 ]

@@ -1,6 +1,6 @@
-"""The errors a user can cause. The command line prints each as one line and exits with code 2."""
+"""The errors a user can cause. The command line prints each as one line and exits with 2, for OutputError with 1."""
 
-__all__ = ['CheckpointError', 'LeanError', 'PackageMissingError']
+__all__ = ['CheckpointError', 'LeanError', 'OutputError', 'PackageMissingError']
 
 
 class LeanError(ValueError):
@@ -9,6 +9,10 @@ class LeanError(ValueError):
 
 class CheckpointError(LeanError):
     """A checkpoint that is damaged, foreign, or does not fit the model."""
+
+
+class OutputError(LeanError):
+    """The disk is full or fails: nothing is wrong with the request, and what was there before is still there."""
 
 
 class PackageMissingError(LeanError, ImportError):

@@ -19,8 +19,9 @@ RESUME_FILE = 'resume.pt'
 
 def save_state(directory: Path, state: dict[str, Any]) -> None:
     """Write the resume state of a run."""
-    with atomic_file(directory / RESUME_FILE) as temporary:
-        torch.save(state, temporary)
+    # through a Python file, whose errors say what the disk refused; torch's own writer does not
+    with atomic_file(directory / RESUME_FILE) as temporary, open(temporary, 'wb') as file:
+        torch.save(state, file)
 
 
 def load_state(directory: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
