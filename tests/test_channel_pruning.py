@@ -9,18 +9,14 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch_pruning as tp
 from conftest import randomize_batchnorm
 
 from timm_lean import CheckpointError, LeanError, load_model, save_model
 from timm_lean.checkpoint.format import read_header, save_hf_dir
 from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.pruning import kernel_scores
-
-tp = pytest.importorskip('torch_pruning')
-channels = pytest.importorskip('timm_lean.pruning.channels')
-prune_channels = channels.prune_channels
-SpectralImportance = channels.SpectralImportance
+from timm_lean.pruning import SpectralImportance, kernel_scores, prune_channels
 
 
 def model_of(name: str, **kwargs) -> nn.Module:
@@ -102,8 +98,8 @@ SLOW = [
 def test_family(name, tmp_path):
     """Smaller, runs, rebuilds bit for bit, tells its channels, trains, and can be pruned again."""
     model, x = model_of(name), image(name)
-    small = prune_channels(model, x, ratio=0.5)
-    report = small.channel_report
+    small = prune_channels(model, x, pruning_ratio=0.5)
+    report = small.lean_report
     assert report.macs[1] < 0.9 * report.macs[0] or 'cifar' in name
     assert report.params[1] < report.params[0]
     out = small(x)
@@ -124,8 +120,8 @@ def test_family(name, tmp_path):
     assert loaded(x).shape == (1, 3)
     small.train()
     small(torch.cat([x, x])).square().mean().backward()
-    again = prune_channels(small, x, ratio=0.3, round_to=4)
-    assert again.channel_report.params[1] < report.params[1]
+    again = prune_channels(small, x, pruning_ratio=0.3, round_to=4)
+    assert again.lean_report.params[1] < report.params[1]
     assert len([s for s in again.lean_steps if s['op'] == 'resize']) == 1
     save_model(again, tmp_path / 'again.safetensors')
     assert torch.equal(load_model(tmp_path / 'again.safetensors')(x), again.eval()(x))
@@ -135,7 +131,7 @@ def test_family(name, tmp_path):
 
 def test_the_channels_that_stay_are_the_best_and_keep_their_weights():
     model, x = model_of('resnet18'), image()
-    small = prune_channels(model, x, 'spectral_norm', 0.5, group_reduction='first', normalizer=None)
+    small = prune_channels(model, x, pruning_ratio=0.5, group_reduction='first', normalizer=None)
     conv, bn = model.layer3[1].conv1, model.layer3[1].bn1
     best = kernel_scores(conv.weight, 'spectral_norm').sum(1).topk(128).indices.sort().values
     stream = kernel_scores(model.layer3[0].conv2.weight, 'spectral_norm').sum(1)
@@ -157,7 +153,7 @@ def test_channels_without_effect_leave_without_effect():
                 m.weight[:, ::2] = 0
                 m.weight[::2] = 0  # and the makers are weak too
         model.fc.weight[:, ::2] = 0
-    small = prune_channels(model, x, ratio=0.5)
+    small = prune_channels(model, x, pruning_ratio=0.5)
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -169,7 +165,8 @@ def test_global_pruning_meets_its_ratio_and_empties_nothing():
                 mean = kernel_scores(m.weight, 'weight').sum(1).mean()
                 m.weight.mul_(torch.rand(m.out_channels, 1, 1, 1) * 10 / mean)
         model.layer2[0].conv1.weight.mul_(1e-6)
-    small = prune_channels(model, x, 'weight', 0.4, global_pruning=True, round_to=1, max_ratio=0.8, normalizer=None,
+    small = prune_channels(model, x, criterion='weight', pruning_ratio=0.4, global_pruning=True, round_to=1,
+                           max_pruning_ratio=0.8, normalizer=None,
                            group_reduction='first')
     assert small.layer2[0].conv1.out_channels == round(0.2 * 128)
     assert len({m.out_channels / n.out_channels for m, n in zip(small.modules(), model.modules(), strict=True)
@@ -177,22 +174,23 @@ def test_global_pruning_meets_its_ratio_and_empties_nothing():
 
 
 def test_channel_counts_are_multiples_and_no_layer_is_emptied():
-    small = prune_channels(model_of('mobilenetv2_050'), image(), ratio=0.85, round_to=8)
+    small = prune_channels(model_of('mobilenetv2_050'), image(), pruning_ratio=0.85, round_to=8)
     widths = [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)]
     assert all(w % 8 == 0 and w >= 8 for w in widths)
 
 
 def test_iterative_pruning_ends_at_the_same_widths_and_calls_back():
     model, x, calls = model_of('resnet20_cifar'), image('cifar'), []
-    one = prune_channels(model, x, ratio=0.5)
-    many = prune_channels(model, x, ratio=0.5, iterative_steps=3, between_steps=lambda m, step: calls.append(step))
+    one = prune_channels(model, x, pruning_ratio=0.5)
+    many = prune_channels(
+        model, x, pruning_ratio=0.5, iterative_steps=3, between_steps=lambda m, step: calls.append(step))
     assert calls == [1, 2]
     assert [p.shape for p in one.parameters()] == [p.shape for p in many.parameters()]
 
 
 def test_ignored_layers_and_the_head_stay():
     model, x = model_of('resnet18', num_classes=13), image()
-    small = prune_channels(model, x, ratio=0.5, ignored_layers='layer4.*.conv1|layer1')
+    small = prune_channels(model, x, pruning_ratio=0.5, exclude='layer4.*.conv1|layer1')
     assert small.layer4[0].conv1.out_channels == 512
     assert small.layer1[0].conv1.out_channels == 64
     assert small.layer3[0].conv1.out_channels == 128
@@ -214,7 +212,7 @@ def test_the_given_model_is_unchanged():
 @pytest.mark.parametrize('name', ['resnet34_s32u1', 'resnet50_sharedpp'])
 def test_shared_bases_stay_shared(name, tmp_path):
     model, x = model_of(name), image()
-    small = prune_channels(model, x, ratio=0.5)
+    small = prune_channels(model, x, pruning_ratio=0.5)
     count = [len({id(m.basis) for m in net.modules() if isinstance(m, SharedBasisConv2d)}) for net in (model, small)]
     assert count[0] == count[1] > 0
     for m in small.modules():
@@ -241,11 +239,11 @@ def test_a_pruned_model_learns():
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
-def test_a_fresh_process_rebuilds_without_torch_pruning(tmp_path):
+def test_a_fresh_process_rebuilds(tmp_path):
     model, x = prune_channels(model_of('resnet18'), image()), image()
     save_model(model, tmp_path / 'm.safetensors')
     torch.save((x, model(x)), tmp_path / 'io.pt')
-    code = ("import sys; sys.modules['torch_pruning'] = None; import torch, timm_lean; torch.set_num_threads(1);"
+    code = ("import torch, timm_lean; torch.set_num_threads(1);"
             f"x, y = torch.load('{tmp_path}/io.pt');"
             f"assert torch.equal(timm_lean.load_model('{tmp_path}/m.safetensors')(x), y); print('equal')")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=False)
@@ -297,10 +295,12 @@ def test_damaged_steps_are_refused(change, tmp_path):
 
 
 @pytest.mark.parametrize('kwargs, words', [
-    (dict(ratio=1), 'below 1 .1 would empty'), (dict(ratio=0), 'above 0'), (dict(ratio=float('nan')), 'got nan'),
-    (dict(ratio=0.95), 'max_ratio'), (dict(max_ratio=1), 'max_ratio'), (dict(round_to=0), 'round_to'),
+    (dict(pruning_ratio=1), 'below 1 .1 would empty'), (dict(pruning_ratio=0), 'above 0'),
+    (dict(pruning_ratio=float('nan')), 'got nan'),
+    (dict(pruning_ratio=0.95), 'max_pruning_ratio'), (dict(max_pruning_ratio=1), 'max_pruning_ratio'),
+    (dict(round_to=0), 'round_to'),
     (dict(iterative_steps=0), 'iterative_steps'), (dict(criterion='eigen'), 'Unknown pruning criterion'),
-    (dict(ignored_layers='stem*'), 'matches no module'), (dict(ignored_layers='*'), 'no channels to prune')])
+    (dict(exclude='stem*'), 'matches no module'), (dict(exclude='*'), 'no channels to prune')])
 def test_bad_input(kwargs, words):
     with pytest.raises(LeanError, match=words):
         prune_channels(model_of('resnet20_cifar'), image('cifar'), **kwargs)

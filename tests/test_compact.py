@@ -10,10 +10,7 @@ from conftest import randomize_batchnorm
 from timm_lean import LeanError, load_model, save_model
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.pruning import prune_kernels
-
-pytest.importorskip('torch_pruning')
-compact = pytest.importorskip('timm_lean.pruning.compaction').compact
+from timm_lean.pruning import compact, prune_kernels
 
 
 def image(name: str) -> torch.Tensor:
@@ -24,7 +21,7 @@ def image(name: str) -> torch.Tensor:
 def with_dead_filters(name: str, **kwargs) -> nn.Module:
     """Half the filters of every dense convolution make nothing, and half the kernels of the others are zero."""
     model = randomize_batchnorm(timm.create_model(name, **kwargs)).eval()
-    prune_kernels(model, 'spectral_norm', amount=0.5)
+    model = prune_kernels(model, criterion='spectral_norm', amount=0.5)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.Conv2d) and m.groups == 1:
@@ -43,7 +40,7 @@ def test_outputs_stay_and_files_reload(name, tmp_path):
     before = copy.deepcopy(model.state_dict())
     expected = model(x)
     small = compact(model, x)
-    report = small.compact_report
+    report = small.lean_report
     torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
     assert report.params[1] < report.params[0] or name == 'convnext_atto'
     assert report.change < 1e-4 * report.scale
@@ -64,8 +61,8 @@ def test_a_block_by_hand():
             block.bn1.bias[channel] = 0.3 * sign
     expected = model(x)
     small = compact(model, x)
-    assert small.compact_report.removed == (('layer1.0.conv1', 2),), 'a constant map under a zero-padded 3 x 3 stays'
-    assert small.compact_report.left == 1
+    assert small.lean_report.removed == (('layer1.0.conv1', 2),), 'a constant map under a zero-padded 3 x 3 stays'
+    assert small.lean_report.left == 1
     assert small.layer1[0].conv1.weight.shape == (14, 16, 3, 3)
     assert small.layer1[0].conv2.weight.shape == (16, 14, 3, 3)
     assert torch.equal(small.layer1[0].conv2.weight, block.conv2.weight[:, 2:])
@@ -81,8 +78,8 @@ def test_constants_behind_1x1_convolutions_are_moved_exactly():
         block.bn2.running_mean[5], block.bn2.bias[5] = 0, 0.7
     expected = model(x)
     small = compact(model, x)
-    assert small.compact_report.removed == (('layer2.0.conv2', 1),)
-    assert small.compact_report.constants == 1
+    assert small.lean_report.removed == (('layer2.0.conv2', 1),)
+    assert small.lean_report.constants == 1
     torch.testing.assert_close(small.layer2[0].conv3.bias, 0.7 * block.conv3.weight[:, 5, 0, 0])
     torch.testing.assert_close(small(x), expected)
 
@@ -90,8 +87,8 @@ def test_constants_behind_1x1_convolutions_are_moved_exactly():
 def test_nothing_dead_nothing_changed():
     model = randomize_batchnorm(timm.create_model('resnet20_cifar')).eval()
     small = compact(model, torch.randn(1, 3, 32, 32))
-    assert small.compact_report.removed == ()
-    assert small.compact_report.change == 0
+    assert small.lean_report.removed == ()
+    assert small.lean_report.change == 0
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small.state_dict().values(), strict=True))
     assert not getattr(small, 'lean_steps', [])
 
@@ -110,7 +107,7 @@ def test_a_dead_layer_keeps_one_channel():
 
 def test_shared_bases_stay_shared(tmp_path):
     model = randomize_batchnorm(timm.create_model('resnet34_s32u1')).eval()
-    prune_kernels(model, 'weight', amount=0.2)
+    model = prune_kernels(model, criterion='weight', amount=0.2)
     basis = model.layer1[1].conv1.basis
     with torch.no_grad():  # nothing in the stage reads channels 0..7
         basis.weight[:, :8] = 0
@@ -139,7 +136,7 @@ def test_the_result_is_a_timm_model(tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/hf', pretrained=True).eval()(x), small(x))
     features = timm.create_model(f'local-dir:{tmp_path}/hf', pretrained=True, features_only=True).eval()
     assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
-    assert compact(small, x).compact_report.removed == ()
+    assert compact(small, x).lean_report.removed == ()
     small.train()
     small(x).square().mean().backward()
     assert all(p.grad is not None for p in small.parameters())

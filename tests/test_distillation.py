@@ -137,7 +137,7 @@ def test_resuming_ends_at_the_same_weights(tmp_path, teacher):
 
 def test_a_pruned_student_stays_pruned(tmp_path, teacher):
     model = network()
-    KernelPruner(model, 'weight', amount=0.5).prune()
+    KernelPruner(model, criterion='weight', amount=0.5).prune()
     save_model(model, tmp_path / 'pruned.safetensors')
     train(small(tmp_path / 'run', teacher, model=str(tmp_path / 'pruned.safetensors'), model_args={}, ema=True))
     after = load_model(tmp_path / 'run' / 'last.safetensors')

@@ -52,7 +52,7 @@ def onnx_output(path, images):
 
 def test_prune_fold_save_load_onnx_is_one_function(tmp_path, digits):
     pruned = small()
-    prune_kernels(pruned, 'spectral_norm', amount=0.3)
+    pruned = prune_kernels(pruned, criterion='spectral_norm', amount=0.3)
     folded = fold(pruned.eval())
     save_model(folded, tmp_path / 'a.safetensors')
     loaded = load_model(tmp_path / 'a.safetensors')
@@ -82,7 +82,7 @@ def test_shared_model_exports_unfolded_and_each_basis_once(tmp_path, digits):
 def test_share_prune_finetune_fold_save_load_onnx(name, tmp_path):
     torch.manual_seed(0)
     model = share(randomize_batchnorm(timm.create_model(name, num_classes=5)), energy=0.8, unique_rank=1)
-    pruner = KernelPruner(model, 'spectral_norm', amount=0.3)
+    pruner = KernelPruner(model, criterion='spectral_norm', amount=0.3)
     pruner.prune()
     size = {'resnet20_cifar': 32, 'inception_v3': 96}.get(name, 64)
     x = torch.randn(4, 3, size, size)
@@ -92,7 +92,7 @@ def test_share_prune_finetune_fold_save_load_onnx(name, tmp_path):
         (output[0] if isinstance(output, tuple) else output).square().mean().backward()
         optimizer.step()
         pruner.step()
-    assert KernelPruner(model, 'weight', amount=0., again=True).report.share >= 0.29
+    assert KernelPruner(model, criterion='weight', amount=0., again=True).report.share >= 0.29
     folded = fold(model.eval())
     save_model(folded, tmp_path / 'a.safetensors')
     loaded = load_model(tmp_path / 'a.safetensors').eval()
@@ -163,7 +163,7 @@ def test_fold_auto_really_measures(digits):
 
 def test_fold_of_an_unknown_layer_names_it():
     with pytest.raises(LeanError, match='layer9'):
-        fold(small(), ['layer9.0.conv1'])
+        fold(small(), include=['layer9.0.conv1'])
 
 
 def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path, digits):

@@ -215,7 +215,7 @@ def dense_file(tmp_path):
 def test_share_keeps_the_features_at_full_rank(dense_file):
     dense = TimmBackbone(checkpoint=dense_file).eval()
     shared = TimmBackbone(checkpoint=dense_file, share=dict(energy=1.0, dual=True)).eval()
-    assert dense.share_report is None and shared.share_report.layers
+    assert dense.lean_report is None and shared.lean_report.layers
     x = torch.randn(1, 3, 64, 64)
     for a, b in zip(dense(x), shared(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -254,13 +254,13 @@ def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
     cfg.model.backbone = dict(
         type='timm_lean.TimmBackbone', checkpoint=dense_file, share=dict(shared_rank=4), out_indices=(2, 3, 4))
     model = build_detector(cfg).eval()
-    assert model.backbone.share_report.layers
+    assert model.backbone.lean_report.layers
     save_detector(model, tmp_path / 'det.safetensors', describe(cfg, model, {'classes': [str(i) for i in range(10)]}))
     loaded = load_detector(tmp_path / 'det.safetensors')
     assert 'share' not in loaded.cfg.model.backbone
     for a, b in zip(predictions_of(model, batch(64)), predictions_of(loaded, batch(64)), strict=True):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
-    pruned = prune_detector(tmp_path / 'det.safetensors', tmp_path / 'pruned.safetensors', ratio=0.25)
+    pruned = prune_detector(tmp_path / 'det.safetensors', tmp_path / 'pruned.safetensors', pruning_ratio=0.25)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in loaded.parameters())
     steps = load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps
     assert [step['op'] for step in steps] == ['share', 'resize']

@@ -18,7 +18,7 @@ def detector(tmp_path_factory):
     cfg = scenes_config(folder, SHARED)
     torch.manual_seed(0)
     model = randomize_batchnorm(build_detector(cfg))
-    prune_kernels(model.backbone.net, 'spectral_norm', amount=0.3)
+    model.backbone.net = prune_kernels(model.backbone.net, criterion='spectral_norm', amount=0.3)
     path = folder / 'det.safetensors'
     save_detector(model, path, describe(cfg, model, {'classes': [str(i) for i in range(10)]}))
     return path

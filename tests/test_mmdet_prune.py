@@ -34,7 +34,7 @@ def last_norm(net, stage):
 
 def test_neck_keeps_the_columns_of_the_channels_that_stay(trained, tmp_path):
     old = load_detector(trained)
-    new = prune_detector(trained, tmp_path / 'p.safetensors', ratio=0.5)
+    new = prune_detector(trained, tmp_path / 'p.safetensors', pruning_ratio=0.5)
     for i, (stage, width) in enumerate(zip(('layer2', 'layer3', 'layer4'), new.backbone.out_channels, strict=True)):
         before, after = (m.neck.lateral_convs[i].conv.weight for m in (old, new))
         assert after.shape[1] == width < before.shape[1]
@@ -47,7 +47,7 @@ def test_neck_keeps_the_columns_of_the_channels_that_stay(trained, tmp_path):
 
 def test_reloads_by_config(trained, tmp_path):
     out = tmp_path / 'p.safetensors'
-    model = prune_detector(trained, out, ratio=0.25)
+    model = prune_detector(trained, out, pruning_ratio=0.25)
     again = load_detector(out)
     data = batch(64, classes=10)
     for a, b in zip(predictions_of(again, data), predictions_of(model, data), strict=True):
@@ -75,7 +75,7 @@ def test_command(trained, tmp_path, capsys):
 
 def test_fine_tunes_by_its_own_config(trained, tmp_path):
     out = tmp_path / 'p.safetensors'
-    pruned = prune_detector(trained, out, ratio=0.5)
+    pruned = prune_detector(trained, out, pruning_ratio=0.5)
     cfg = scenes_config(tmp_path, SHARED)
     cfg.model.backbone.checkpoint = cfg.load_from = str(out)
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
@@ -88,7 +88,7 @@ def test_fine_tunes_by_its_own_config(trained, tmp_path):
     assert not torch.equal(tuned.neck.lateral_convs[0].conv.weight, pruned.neck.lateral_convs[0].conv.weight)
     with pytest.raises(LeanError, match='pruned by channels before'):
         prune_detector(tmp_path / 'run' / 'last.safetensors', tmp_path / 'q.safetensors')
-    again = prune_detector(out, tmp_path / 'q.safetensors', ratio=0.5, round_to=4, again=True)
+    again = prune_detector(out, tmp_path / 'q.safetensors', pruning_ratio=0.5, round_to=4, again=True)
     assert sum(again.backbone.out_channels) < sum(pruned.backbone.out_channels)
 
 

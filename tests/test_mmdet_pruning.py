@@ -24,7 +24,7 @@ def config(folder, *hooks, epochs=2):
 
 
 def zero_share(model) -> float:
-    return KernelPruner(model.backbone, 'weight', amount=0., again=True).report.share
+    return KernelPruner(model.backbone, criterion='weight', amount=0., again=True).report.share
 
 
 def trained(cfg):

@@ -21,7 +21,7 @@ from timm_lean.pruning import prune_kernels
 
 def pruned(amount: float, name: str = 'resnet20_cifar', **kwargs) -> nn.Module:
     model = randomize_batchnorm(timm.create_model(name, **kwargs)).eval()
-    prune_kernels(model, 'spectral_norm', amount=amount)
+    model = prune_kernels(model, criterion='spectral_norm', amount=amount)
     return model
 
 

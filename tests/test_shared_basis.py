@@ -421,7 +421,7 @@ def test_fold_is_exact_and_leaves_no_shared_layer(name):
     folded = fold(model)
     assert shared_layers(model) and not shared_layers(folded)
     assert not folded.training
-    assert folded.fold_report.left == ()
+    assert folded.lean_report.left == ()
     assert_fold_is_exact(folded, model, torch.randn(2, 3, size, size))
 
 
@@ -453,17 +453,17 @@ def test_fold_leaves_the_original_as_it_was():
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len(shared_layers(model)) == 12
-    assert not hasattr(model, 'fold_report')
+    assert not hasattr(model, 'lean_report')
     assert not getattr(model, 'lean_steps', [])
 
 
 def test_fold_report_counts():
     model = timm.create_model('resnet34_s48u1_dual').eval()
-    report = fold(model).fold_report
+    report = fold(model).lean_report
     # 12 blocks behind the first of their stages, two convolutions each; BN weight and bias become one bias
     assert (report.folded, report.batchnorms, report.left) == (24, 24, ())
-    assert report.params_before == 11_786_968
-    assert report.params_after == 21_797_672 - 2 * (2 * 64 + 3 * 128 + 5 * 256 + 2 * 512)
+    assert report.params[0] == 11_786_968
+    assert report.params[1] == 21_797_672 - 2 * (2 * 64 + 3 * 128 + 5 * 256 + 2 * 512)
     assert '11,786,968 -> 21,792,040' in str(report)
     assert 'dense size' in str(report)
 
@@ -493,7 +493,7 @@ def test_fold_twice_is_an_error():
 @pytest.mark.parametrize('name', ['resnet34_s48u1_dual', 'mobilenetv2_100_shared', 'resnet32_cifar_s8u1'])
 def test_the_method_is_the_function(name):
     model = timm.create_model(name).eval()
-    assert model.fold().fold_report == fold(model).fold_report
+    assert model.fold().lean_report == fold(model).lean_report
 
 
 def test_a_folded_model_trains_again():
@@ -582,7 +582,7 @@ class NoStatistics(Net):
 def test_a_batchnorm_is_absorbed_only_as_the_single_follower(net, absorbed):
     model = net().eval()
     folded = fold(model)
-    assert folded.fold_report.batchnorms == absorbed
+    assert folded.lean_report.batchnorms == absorbed
     x = torch.randn(2, 4, 7, 7)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -602,9 +602,9 @@ class WithReluInside(Net):
 def test_a_chain_with_an_activation_inside_is_left_and_named():
     model = nn.Sequential(WithReluInside()).eval()
     folded = fold(model)
-    assert folded.fold_report.folded == 1
-    assert folded.fold_report.left == ('0.other',)
-    assert 'left as they are: 0.other' in str(folded.fold_report)
+    assert folded.lean_report.folded == 1
+    assert folded.lean_report.left == ('0.other',)
+    assert 'left as they are: 0.other' in str(folded.lean_report)
     x = torch.randn(2, 4, 7, 7)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 

@@ -46,7 +46,7 @@ def test_full_rank_is_the_original(training, dual, unique):
     assert any(isinstance(m, SharedBasisConv2d) for m in new.modules())
     with torch.no_grad():
         assert relative(new(X), copy.deepcopy(model)(X)) < 1e-4
-    assert all(layer.energy > 1 - 1e-9 for layer in new.share_report.layers)
+    assert all(layer.energy > 1 - 1e-9 for layer in new.lean_report.layers)
 
 
 def test_unique_filters_complete_a_small_basis():
@@ -64,17 +64,17 @@ def test_truncation_is_the_tail_of_the_spectrum():
     values = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
     new = share(model, shared_rank=20, stages=[2], include=names)
     lost = 0.0
-    for layer in new.share_report.layers:
+    for layer in new.lean_report.layers:
         weight = model.get_submodule(layer.name).weight.detach()
         dense = new.get_submodule(layer.name).dense_weight_bias()[0]
         error = float((dense - weight).square().sum())
         assert layer.energy == pytest.approx(1 - error / float(weight.square().sum()), abs=1e-5)
         lost += error
-    assert [layer.name for layer in new.share_report.layers] == names
+    assert [layer.name for layer in new.lean_report.layers] == names
     assert lost == pytest.approx(float((values[20:] ** 2).sum()), rel=1e-4)
     energy = (values ** 2).cumsum() / (values ** 2).sum()
     by_energy = share(model, energy=0.7, stages=[2], include=names)
-    assert by_energy.share_report.layers[0].shared_rank == int(np.searchsorted(energy, 0.7)) + 1
+    assert by_energy.lean_report.layers[0].shared_rank == int(np.searchsorted(energy, 0.7)) + 1
 
 
 def test_bases_are_orthonormal_with_unique_filters():
@@ -91,17 +91,17 @@ def test_budget_is_met(params):
     model = network()
     new = share(model, params=params)
     assert abs(count(new) / count(model) - params) <= 0.03
-    assert new.share_report.params_after == count(new)
-    assert new.share_report.params_before == count(model)
+    assert new.lean_report.params[1] == count(new)
+    assert new.lean_report.params[0] == count(model)
 
 
 def test_more_parameters_keep_more():
     model = network()
-    errors = [share(model, params=p, example_input=X).share_report for p in (0.3, 0.6, 0.9)]
+    errors = [share(model, params=p, example_input=X).lean_report for p in (0.3, 0.6, 0.9)]
     kept = [min(layer.energy for layer in r.layers) for r in errors]
     assert kept == sorted(kept)
     assert errors[0].output_error > errors[2].output_error > 0
-    assert f'{errors[0].params_after:,}' in str(errors[0])
+    assert f'{errors[0].params[1]:,}' in str(errors[0])
 
 
 def test_output_error_is_that_of_the_layer():
@@ -114,7 +114,7 @@ def test_output_error_is_that_of_the_layer():
         handle.remove()
         new = share(model, shared_rank=16, example_input=X)
         wanted = relative(new.get_submodule('layer3.1.conv1')(seen['x']), seen['y'])
-    got = next(la for la in new.share_report.layers if la.name == 'layer3.1.conv1').output_error
+    got = next(la for la in new.lean_report.layers if la.name == 'layer3.1.conv1').output_error
     assert got == pytest.approx(wanted, rel=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_bias_stays():
     with torch.no_grad():
         assert relative(new(x), model(x)) < 1e-4
         assert relative(fold(new)(x), model(x)) < 1e-4
-    name = new.share_report.layers[0].name
+    name = new.lean_report.layers[0].name
     assert torch.equal(new.get_submodule(name).coeff.bias, model.get_submodule(name).bias)
 
 
@@ -197,7 +197,7 @@ def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
 def test_budget_counts_the_batch_norms():
     model = network()
     new = share(model, params=0.5, bn=True, calibration=[X])
-    assert abs(count(new) / count(model) - 0.5) <= 0.03 and new.share_report.params_after == count(new)
+    assert abs(count(new) / count(model) - 0.5) <= 0.03 and new.lean_report.params[1] == count(new)
 
 
 def test_original_is_untouched_and_copies_share():
@@ -225,7 +225,7 @@ def test_features_and_checkpointing():
 
 def test_share_prune_train_save_load_fold(tmp_path):
     model = share(network(num_classes=4), params=0.5, unique_rank=1)
-    KernelPruner(model, 'weight', amount=0.3).prune()
+    KernelPruner(model, criterion='weight', amount=0.3).prune()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(X).square().mean().backward()

@@ -46,7 +46,7 @@ def demo(output: Path, epochs: int = 8) -> None:
     best = load_model(folder / 'shared' / 'best.safetensors')
     folded = fold(best)
     save_model(folded, folder / 'folded.safetensors')
-    print(folded.fold_report)
+    print(folded.lean_report)
 
     print('\n4. Comparison')
     files = [folder / name for name in ('dense/best.safetensors', 'shared/best.safetensors', 'folded.safetensors')]

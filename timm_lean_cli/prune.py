@@ -12,7 +12,10 @@ from timm_lean.checkpoint.format import load_any, save_model
 from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
 from timm_lean.measure.report import count_macs, count_params, human_bytes, human_count
-from timm_lean.pruning.kernels import KernelPruner
+from timm_lean.pruning.analysis import analyze_criteria
+from timm_lean.pruning.channels import prune_channels
+from timm_lean.pruning.compaction import compact
+from timm_lean.pruning.kernels import prune_kernels
 from timm_lean.pruning.report import live_kernels, plot_report
 from timm_lean.pruning.spectral import check_criterion
 
@@ -41,25 +44,22 @@ def prune_command(args: argparse.Namespace) -> None:
     before = _figures(model, x, args, Path(args.model))
     if granularity == 'kernel':
         min_keep = option('min_keep')
-        pruner = KernelPruner(
-            model, criterion, threshold=option('threshold'), amount=option('amount'), contrib=option('contrib'),
-            scope=option('scope') or 'global', ignore=option('ignore'), again=bool(option('again')),
-            **({} if min_keep is None else {'min_keep': min_keep}))
-        report = pruner.prune()
-        print(report)
+        model = prune_kernels(
+            model, criterion=criterion, threshold=option('threshold'), amount=option('amount'),
+            contrib=option('contrib'), scope=option('scope') or 'global', exclude=option('ignore'),
+            again=bool(option('again')), **({} if min_keep is None else {'min_keep': min_keep}))
+        print(model.lean_report)
         if option('plot'):
-            plot_report(report, args.plot)
+            plot_report(model.lean_report, args.plot)  # type: ignore[arg-type]
         if option('compact'):
-            from timm_lean.pruning.compaction import compact
             model = compact(model, x)
-            print(model.compact_report)
+            print(model.lean_report)
     else:
         if has_step(model, 'resize') and not option('again'):
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
-        from timm_lean.pruning.channels import prune_channels
-        model = prune_channels(model, x, criterion, **channel_options(args))
-        print(model.channel_report)
+        model = prune_channels(model, x, criterion=criterion, **channel_options(args))
+        print(model.lean_report)
     save_model(model, output)
     columns = {'before': before, 'pruned': _figures(model, x, args, output)}
     if option('finetune_epochs'):
@@ -100,16 +100,16 @@ def prune_detector_command(args: argparse.Namespace) -> None:
                         'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
     output = output_file(args.output, '.safetensors')
     model: Any = prune_detector(
-        args.model, output, check_criterion(args.criterion), again=args.again, **channel_options(args))
-    print(model.channel_report)
+        args.model, output, criterion=check_criterion(args.criterion), again=args.again, **channel_options(args))
+    print(model.lean_report)
 
 
 def channel_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that channel pruning takes, by the names of `prune_channels`."""
     option = vars(args).get
     return dict(
-        ratio=0.5 if option('ratio') is None else args.ratio, global_pruning=bool(option('global_pruning')),
-        round_to=option('round_to') or 8, ignored_layers=option('ignore') or ())
+        pruning_ratio=0.5 if option('ratio') is None else args.ratio, global_pruning=bool(option('global_pruning')),
+        round_to=option('round_to') or 8, exclude=option('ignore'))
 
 
 def _figures(model: nn.Module, x: torch.Tensor, args: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -149,10 +149,9 @@ def _print_figures(columns: dict[str, dict[str, Any]]) -> None:
 
 def analyze_command(args: argparse.Namespace) -> None:
     """Run `timm-lean analyze MODEL --criteria`; `args` has `model`, `threshold`, `ignore`, `output`."""
-    from timm_lean.pruning.analysis import analyze_criteria
     threshold = vars(args).get('threshold')
     analysis = analyze_criteria(
-        load_any(args.model), 1e-4 if threshold is None else threshold, vars(args).get('ignore'))
+        load_any(args.model), threshold=1e-4 if threshold is None else threshold, exclude=vars(args).get('ignore'))
     print(analysis)
     for path in analysis.save(vars(args).get('output') or 'output/analysis'):
         print(path)

@@ -41,9 +41,10 @@ def share_command(args: argparse.Namespace) -> None:
     model = load_any(args.model).eval()
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     new = share(
-        model, args.shared_rank, args.energy, args.params, args.unique_rank, args.dual, args.stages, args.include,
-        args.exclude, example_input=x, bn=args.bn, calibration=_calibration(args, model) if args.bn else None)
-    print(new.share_report)
+        model, shared_rank=args.shared_rank, energy=args.energy, params=args.params, unique_rank=args.unique_rank,
+        dual=args.dual, stages=args.stages, include=args.include, exclude=args.exclude, example_input=x, bn=args.bn,
+        calibration=_calibration(args, model) if args.bn else None)
+    print(new.lean_report)
     save_model(new, output)
     if has_data:
         from timm_lean.training.device import resolve_device

@@ -137,7 +137,7 @@ def channel_pruning(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     forms: Forms = {name: (lambda imp=imp: [imp(group) for group in groups]) for name, imp in scores.items()}
     ours, anchor = forms
     rows = ratios(forms, [(ours, anchor)], args.repeats, x.device)
-    pruned = prune_channels(dense, x[:1], 'spectral_norm', args.prune_ratio)
+    pruned = prune_channels(dense, x[:1], pruning_ratio=args.prune_ratio)
     macs = count_macs(pruned, x.shape) / count_macs(dense, x.shape)
     name = f'inference of resnet50 with {100 * macs:.0f} % of its MACs'
     forms = {name: inference(pruned, x), 'inference of resnet50': inference(dense, x)}

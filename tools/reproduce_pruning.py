@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> str:
     rows = []
     for criterion in CRITERIA:
         pruned = copy.deepcopy(model)
-        report = KernelPruner(pruned, criterion, threshold=args.threshold, min_keep=0).prune()
+        report = KernelPruner(pruned, criterion=criterion, threshold=args.threshold, min_keep=0).prune()
         rows.append({
             'model': args.model, 'criterion': criterion, 'pruned': 100 * report.share, 'before': before,
             'after': evaluate(pruned, loader, device)['top1'], 'paper': PAPER.get(args.model, {}).get(criterion)})

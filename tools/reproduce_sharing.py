@@ -146,7 +146,7 @@ def prune_to(model: nn.Module, x: torch.Tensor, goal: float, count: Callable[[nn
     low, high, best, best_gap = 0.02, 0.9, None, float('inf')
     for _ in range(7):
         ratio = (low + high) / 2
-        pruned = prune_channels(model, x, 'weight', ratio, round_to=1)
+        pruned = prune_channels(model, x, criterion='weight', pruning_ratio=ratio, round_to=1)
         gap = count(pruned) / count(model) - goal
         if abs(gap) < best_gap:
             best, best_gap = pruned, abs(gap)

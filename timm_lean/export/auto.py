@@ -38,7 +38,7 @@ def fold_as_asked(
         return model, 'nothing to fold: the network has no shared convolution'
     if how == 'all':
         new = fold(model)
-        return new, str(new.fold_report)
+        return new, str(new.lean_report)
     new, times = fold_faster(model, shape, device)
     folded = sum(dense < shared for shared, dense in times.values())
     return new, f'{folded} of {len(times)} shared convolutions are faster dense on {device} and were folded'
@@ -84,7 +84,7 @@ def fold_faster(
             measured[key] = shared, dense
         times[name] = measured[key]
     faster = [name for name, (shared, dense) in times.items() if dense < shared]
-    return fold(model, faster) if faster else deepcopy(model), times
+    return fold(model, include=faster) if faster else deepcopy(model), times
 
 
 @torch.no_grad()

@@ -51,7 +51,6 @@ def find_filter_banks(
         skip_stem: bool = False,
         skip_1x1: bool = False,
         user: str = 'This operation',
-        exclude_name: str = 'exclude',
 ) -> list[FilterBank]:
     """List a model's filter banks, each once, in module order.
 
@@ -63,7 +62,6 @@ def find_filter_banks(
         skip_stem: Drop the model's first convolution, which sees the image.
         skip_1x1: Drop 1 x 1 kernels.
         user: Who asks, for the error messages.
-        exclude_name: What the one who asks calls `exclude`.
 
     Raises:
         LeanError: The model has no convolution, a pattern matches none, or nothing is left.
@@ -79,7 +77,7 @@ def find_filter_banks(
         raise LeanError(f'{user} acts on 2-d convolutions, and {type(model).__name__} has none.')
     names = [bank.name for bank in banks]
     wanted = match_names(include, names, user, 'include', 'convolution')
-    unwanted = match_names(exclude, names, user, exclude_name, 'convolution')
+    unwanted = match_names(exclude, names, user, 'exclude', 'convolution')
     chosen = [
         bank for i, bank in enumerate(banks)
         if (include is None or bank.name in wanted) and bank.name not in unwanted

@@ -38,7 +38,7 @@ class TimmBackbone(BaseModule):
         norm_eval: Keep all batch norms in eval mode during training, for small batches with pretrained weights.
         model_args: Arguments for `timm.create_model`.
         share: Options of `timm_lean.share`, e.g. `dict(params=0.5)`: the network is converted to shared filter bases
-            once it has its weights. Shares of parameters are of the network without classifier. `share_report` tells
+            once it has its weights. Shares of parameters are of the network without classifier. `lean_report` tells
             what was done.
         init_cfg: `dict(type='Pretrained', checkpoint=FILE)`; with `prefix` for a part of a larger file. Loaded when
             training starts, strictly.
@@ -63,7 +63,7 @@ class TimmBackbone(BaseModule):
             init_cfg: Any = None,
     ):
         super().__init__(init_cfg=init_cfg)
-        self.net, self.recipe, self.share_report = build_features(
+        self.net, self.recipe, self.lean_report = build_features(
             model_name, pretrained, checkpoint, out_indices, model_args, share)
         self.steps = list(self.recipe.steps)  # of the recipe it was built by, and those taken since
         self.out_indices: tuple[int, ...] = tuple(

@@ -68,7 +68,7 @@ def detection_demo(output: Path, epochs: int = 14) -> None:
     with _quiet(), _one_thread():
         metrics = runner.test()
     ap, ap50 = metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50']
-    share = KernelPruner(reloaded.backbone, 'weight', amount=0., again=True).report.share
+    share = KernelPruner(reloaded.backbone, criterion='weight', amount=0., again=True).report.share
     size = (directory / 'model.safetensors').stat().st_size
     params = sum(p.numel() for p in reloaded.parameters())
     print(f'   {directory}: {params:,} parameters, {size / 1e6:.1f} MB, {100 * share:.0f} % of the kernels zero')

@@ -57,7 +57,7 @@ def build_features(
     recipe = Recipe(recipe.architecture, recipe.model_args, list(converted.lean_steps))
     net = _create(recipe, indices, False)
     copy_weights(converted, net)
-    return net, recipe, converted.share_report
+    return net, recipe, converted.lean_report
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

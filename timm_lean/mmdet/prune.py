@@ -27,8 +27,8 @@ __all__ = ['prune_detector']
 
 
 def prune_detector(
-        source: str | Path, output: str | Path, criterion: str = 'spectral_norm', ratio: float = 0.5, *,
-        again: bool = False, image_size: int = 128, **kwargs: Any,
+        source: str | Path, output: str | Path, *, criterion: str = 'spectral_norm',
+        pruning_ratio: float = 0.5, again: bool = False, image_size: int = 128, **kwargs: Any,
 ) -> nn.Module:
     """Remove channels of a detector's backbone and write the detector to a `.safetensors` file.
 
@@ -36,13 +36,13 @@ def prune_detector(
         source: A file of `SafetensorsHook` or a folder of `export_detector`.
         output: The new file, for `load_detector`, `TimmBackbone(checkpoint=...)` and `load_from`.
         criterion: See `prune_channels`.
-        ratio: See `prune_channels`.
+        pruning_ratio: See `prune_channels`.
         again: Prune a backbone that has been pruned by channels before.
         image_size: Side of the images it is traced with; no effect on the result.
         kwargs: More of `prune_channels`.
 
     Returns:
-        The pruned detector, with the `channel_report` of its backbone.
+        The pruned detector, with the report of its backbone as `.lean_report`.
 
     Raises:
         LeanError: Not a detector of this package, one with another backbone, or a network that cannot be pruned so.
@@ -61,7 +61,8 @@ def prune_detector(
     means = {name: m.running_mean.clone() for name, m in _norms(full)}
     for _, norm in _norms(full):
         norm.running_mean.copy_(torch.arange(len(norm.running_mean)))
-    pruned = prune_channels(full, torch.zeros(1, 3, image_size, image_size), criterion, ratio, **kwargs)
+    pruned = prune_channels(full, torch.zeros(1, 3, image_size, image_size), criterion=criterion,
+                            pruning_ratio=pruning_ratio, **kwargs)
     kept = {name: m.running_mean.round().long() for name, m in _norms(pruned)}
     for name, norm in _norms(pruned):
         norm.running_mean = means[name][kept[name]]
@@ -95,7 +96,7 @@ def prune_detector(
     new.load_state_dict(tensors)
     new.cfg, new.dataset_meta = cfg, old.dataset_meta
     save_detector(new, output, describe(cfg, new, old.dataset_meta))
-    new.channel_report = pruned.channel_report
+    new.lean_report = pruned.lean_report
     return new.eval()
 
 

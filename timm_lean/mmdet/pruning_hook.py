@@ -29,7 +29,7 @@ class KernelPruningHook(Hook):
         end: When the full amount is reached; not for 'one_shot'.
         by_epoch: Unit of `begin`, `end` and `every`.
         target: Submodule to prune, by name; '' for the whole detector.
-        kwargs: `schedule`, `every`, `scope`, `ignore`, `min_keep`, `seed` and `again` of `KernelPruner`.
+        kwargs: `schedule`, `every`, `scope`, `include`, `exclude`, `min_keep`, `seed` and `again` of `KernelPruner`.
 
     Raises:
         LeanError: Arguments that `KernelPruner` refuses, an unknown target, a schedule that begins after the training,

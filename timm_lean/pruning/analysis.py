@@ -102,20 +102,23 @@ class CriteriaAnalysis:
 
 
 @torch.no_grad()
-def analyze_criteria(model: nn.Module, threshold: float = 1e-4, ignore: Patterns = None) -> CriteriaAnalysis:
+def analyze_criteria(
+        model: nn.Module, *, threshold: float = 1e-4, include: Patterns = None, exclude: Patterns = None,
+) -> CriteriaAnalysis:
     """Score every kernel of a model by the paper's eight criteria and compare what they would prune.
 
     Args:
         model: Any model with convolutions; kernels that are not square are left out.
         threshold: The t at which layers and overlap are reported.
-        ignore: Shell patterns on module names to leave out.
+        include: Shell patterns on the names of convolutions to look at; all if None.
+        exclude: Patterns of those to leave out.
 
     Raises:
         LeanError: A negative threshold, NaN weights, or no square kernels.
     """
     if not threshold >= 0:
         raise LeanError(f'A pruning threshold must be at least 0, got {threshold!r}.')
-    banks = find_filter_banks(model, exclude=ignore, user='The analysis of criteria', exclude_name='ignore')
+    banks = find_filter_banks(model, include, exclude, user='The analysis of criteria')
     banks = [bank for bank in banks if bank.weight.shape[2] == bank.weight.shape[3]]
     if not banks:
         raise LeanError('The analysis of criteria needs square kernels, and the model has none.')

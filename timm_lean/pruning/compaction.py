@@ -20,15 +20,21 @@ from torch.overrides import TorchFunctionMode
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.measure.report import count_macs, count_params
+
+from .graph import build_graph, channel_groups, classifier_modules, is_consistent
+from .resize import record_resize
+from .sizes import ModelSizes
+from .tracker import ChannelTracker
 
 __all__ = ['CompactReport', 'compact']
 
 _TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class CompactReport:
+@dataclass(frozen=True, kw_only=True)
+class CompactReport(LeanReport):
     """What `compact` did.
 
     Attributes:
@@ -37,7 +43,8 @@ class CompactReport:
         left: Channels that no kernel makes but that stay, because removing them would not be exact.
         change: Largest absolute change of an output on the example inputs (rounding, where the removal is exact).
         scale: Largest absolute output before.
-        params: Parameters before and after.
+        kept: Of every layer that lost output channels, those of the original that are left.
+        kept_inputs: The same for input channels.
         macs: Multiply-accumulates of one input before and after.
     """
     removed: tuple[tuple[str, int], ...]
@@ -45,16 +52,17 @@ class CompactReport:
     left: int
     change: float
     scale: float
-    params: tuple[int, int]
+    kept: dict[str, list[int]]
+    kept_inputs: dict[str, list[int]]
     macs: tuple[int, int]
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         lines = [f'{name}: {count} channels removed' for name, count in self.removed]
         lines.append(f'{sum(c for _, c in self.removed)} channels removed, {self.constants} of them constants moved '
                      f'into biases, {self.left} dead ones left in place; outputs changed by at most '
                      f'{self.change:.3g} of {self.scale:.3g}')
         lines.append(f'params {self.params[0]:,} -> {self.params[1]:,}, MACs {self.macs[0]:,} -> {self.macs[1]:,}')
-        return '\n'.join(lines)
+        return lines
 
 
 @dataclass
@@ -117,7 +125,7 @@ class _Taint(TorchFunctionMode):
 def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
     """Remove the channels of a kernel-pruned timm model that have no effect.
 
-    What was done is in `.compact_report`. In a ResNet with zero padding shortcuts, and wherever else channels are
+    In a ResNet with zero padding shortcuts, and wherever else channels are
     padded, sliced or split, the streams those touch keep their width.
 
     Args:
@@ -125,15 +133,12 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
         example_inputs: An input `[B, C, H, W]` on the model's device.
 
     Returns:
-        A new, smaller model in eval mode; the given one is unchanged.
+        A new, smaller model in eval mode, with a `CompactReport` as `.lean_report`; the given one is unchanged.
 
     Raises:
         LeanError: The model is in training mode, cannot be traced, or mixes channels in a way that removal would change
             its outputs.
     """
-    from .graph import build_graph, channel_groups, classifier_modules, is_consistent
-    from .resize import record_resize
-    from .sizes import ModelSizes
     if model.training:
         raise LeanError('compact() needs the model in eval mode: batch norm makes constants only there. '
                         'Call model.eval() first.')
@@ -144,6 +149,7 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
         expected = new(x)
     cost = count_params(new), count_macs(new, x.shape)
     sizes = ModelSizes.of(new, x)
+    tracker = ChannelTracker(new)
     removed: dict[str, int] = {}
     constants = left = 0
     while True:
@@ -164,7 +170,7 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
         # cut after all are chosen: layers behind a concatenation belong to several groups, and their indices move
         for dep, indices in cuts:
             root = dep.target.module
-            graph.get_pruning_group(root, dep.handler, indices).prune()
+            tracker.cut(graph.get_pruning_group(root, dep.handler, indices))
             removed[names[root]] = removed.get(names[root], 0) + len(indices)
         if not cuts:
             break
@@ -178,10 +184,10 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
         raise LeanError(f'{type(model).__name__} cannot be compacted: it mixes channels in a way that is not traced, '
                         f'and its outputs would change by {change:.3g} of {scale:.3g}.')
     record_resize(new)
-    new.compact_report = CompactReport(  # type: ignore[assignment]
-        tuple(removed.items()), constants, left, change, scale, (cost[0], count_params(new)),
-        (cost[1], count_macs(new, x.shape)))
-    return new.eval()
+    report = CompactReport(
+        params=(cost[0], count_params(new)), macs=(cost[1], count_macs(new, x.shape)), removed=tuple(removed.items()),
+        constants=constants, left=left, change=change, scale=scale, kept=tracker.kept, kept_inputs=tracker.kept_inputs)
+    return hand_over(new.eval(), report, 'Compaction')
 
 
 @torch.no_grad()

@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch_pruning as tp
+from torch_pruning.dependency import Dependency
 
-from timm_lean.errors import LeanError, PackageMissingError
+from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
-
-try:
-    import torch_pruning as tp
-    from torch_pruning.dependency import Dependency
-except ImportError as e:
-    raise PackageMissingError('Channel pruning and compact() need torch-pruning. Install it by '
-                              "pip install 'timm-lean[prune]'.") from e
 
 __all__ = ['build_graph', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
 

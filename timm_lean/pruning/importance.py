@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch_pruning as tp
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 
-from .graph import tp
 from .spectral import check_criterion, kernel_scores
 
 __all__ = ['SpectralImportance']

@@ -8,6 +8,7 @@ the mask, so a pruned model is copied, traced, averaged, wrapped and saved like 
 pruner knows which kernels are dead and zeroes them again after every optimizer step, whatever momentum or weight decay
 did.
 """
+import copy
 import logging
 import math
 from typing import Any
@@ -18,9 +19,10 @@ import torch.nn as nn
 from timm_lean.checkpoint.recipe import has_step, record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
+from timm_lean.layers.lean_report import hand_over
 from timm_lean.layers.patterns import Patterns
 
-from .report import PruneReport, live_kernels, report_banks
+from .report import KernelReport, live_kernels, report_banks
 from .schedule import PruneSchedule
 from .spectral import below, check_criterion, kernel_scores
 
@@ -36,7 +38,7 @@ class KernelPruner:
 
     Exactly one of `threshold`, `contrib` and `amount` says how much is pruned. With a model and an optimizer:
 
-        pruner = KernelPruner(model, 'spectral_norm', amount=0.7, schedule='cubic', begin=10, end=30)
+        pruner = KernelPruner(model, amount=0.7, schedule='cubic', begin=10, end=30)
         for epoch in range(40):
             for step, batch in enumerate(loader):
                 pruner.set_progress(epoch + step / len(loader))
@@ -54,7 +56,8 @@ class KernelPruner:
         scope: Whether `amount` is a share of all kernels together ('global'), of each layer's ('layer'), or of each
             filter's ('filter', the paper's "sorted"). Globally, scores of degree d in the weights (`det`: k,
             `det_gram`: 2k) are compared by their d-th root, so that kernels of different size can be.
-        ignore: Shell patterns on module names, a list or joined by `|`; what matches is never pruned.
+        include: Shell patterns on module names, a list or joined by `|`; only what matches is pruned. All if None.
+        exclude: Patterns of what is never pruned.
         min_keep: Share of kernels that each layer keeps at least (one kernel, if above 0).
         schedule: 'one_shot', 'linear', 'cubic' or 'exponential'; all but the first need `amount`.
         begin: Progress at which pruning begins, in the unit of `set_progress`.
@@ -71,13 +74,14 @@ class KernelPruner:
     def __init__(
             self,
             model: nn.Module,
-            criterion: str = 'spectral_norm',
             *,
+            criterion: str = 'spectral_norm',
             threshold: float | None = None,
             contrib: float | None = None,
             amount: float | None = None,
             scope: str = 'global',
-            ignore: Patterns = None,
+            include: Patterns = None,
+            exclude: Patterns = None,
             min_keep: float = 0.01,
             schedule: str = 'one_shot',
             begin: float = 0.0,
@@ -110,7 +114,7 @@ class KernelPruner:
                             'again=True (--again).')
         self.scope, self.min_keep, self.seed = scope, min_keep, seed
         self.model = model
-        self.banks = find_filter_banks(model, exclude=ignore, user='Kernel pruning', exclude_name='ignore')
+        self.banks = find_filter_banks(model, include, exclude, user='Kernel pruning')
         check_finite(self.banks, 'Kernel pruning')
         for bank in self.banks:  # fails now, not in the first update
             self._score(bank, bank.weight[:1, :1])
@@ -123,9 +127,9 @@ class KernelPruner:
             self._dead_from_zeros()
 
     @property
-    def report(self) -> PruneReport:
+    def report(self) -> KernelReport:
         """Zero kernels per layer, counted now."""
-        return report_banks(self.banks, self._kept)
+        return report_banks(self.model, self.banks, self._kept)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `step()` by itself after every step of an optimizer, also if a GradScaler steps it."""
@@ -156,7 +160,7 @@ class KernelPruner:
         return True
 
     @torch.no_grad()
-    def prune(self, value: float | None = None, update: int = 1) -> PruneReport:
+    def prune(self, value: float | None = None, update: int = 1) -> KernelReport:
         """Prune now, whatever the schedule.
 
         Args:
@@ -228,7 +232,7 @@ class KernelPruner:
         try:
             return kernel_scores(weight, self.criterion, generator)
         except LeanError as e:
-            raise LeanError(f'{bank.name}: {e} Or leave the layer out: ignore={bank.name!r}.') from e
+            raise LeanError(f'{bank.name}: {e} Or leave the layer out: exclude={bank.name!r}.') from e
 
     def _choose(self, bank: FilterBank, scores: torch.Tensor, value: float) -> torch.Tensor:
         """Mask `[N, C]` of the kernels to prune, by the rules that look at one layer."""
@@ -264,9 +268,33 @@ class KernelPruner:
         return _lowest(ranked, limit).view(chosen.shape)
 
 
-def prune_kernels(model: nn.Module, criterion: str = 'spectral_norm', **kwargs: Any) -> PruneReport:
-    """Prune a model's kernels once, in place; see `KernelPruner` for the arguments."""
-    return KernelPruner(model, criterion, **kwargs).prune()
+def prune_kernels(
+        model: nn.Module,
+        *,
+        criterion: str = 'spectral_norm',
+        threshold: float | None = None,
+        contrib: float | None = None,
+        amount: float | None = None,
+        scope: str = 'global',
+        include: Patterns = None,
+        exclude: Patterns = None,
+        min_keep: float = 0.01,
+        seed: int = 0,
+        again: bool = False,
+) -> nn.Module:
+    """Prune a model's kernels once. To prune while training, and for what the options mean: `KernelPruner`.
+
+    Returns:
+        A new model in the given one's mode, with a `KernelReport` as `.lean_report`; the given one is unchanged.
+
+    Raises:
+        LeanError: As `KernelPruner`.
+    """
+    new = copy.deepcopy(model)
+    report = KernelPruner(
+        new, criterion=criterion, threshold=threshold, contrib=contrib, amount=amount, scope=scope, include=include,
+        exclude=exclude, min_keep=min_keep, seed=seed, again=again).prune()
+    return hand_over(new, report, 'Kernel pruning')
 
 
 def _lowest(rows: torch.Tensor, count: int) -> torch.Tensor:

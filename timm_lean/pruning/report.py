@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank
+from timm_lean.layers.lean_report import LeanReport
+from timm_lean.measure.report import count_params
 
-__all__ = ['LayerReport', 'PruneReport', 'plot_report', 'report_banks']
+__all__ = ['KernelReport', 'LayerReport', 'live_kernels', 'plot_report', 'report_banks']
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class LayerReport:
         return self.shape[0] * self.shape[1]
 
 
-@dataclass(frozen=True)
-class PruneReport:
-    """All filter banks of a model; `str()` is a table."""
+@dataclass(frozen=True, kw_only=True)
+class KernelReport(LeanReport):
+    """All filter banks of a model; printed, a table."""
     layers: tuple[LayerReport, ...]
 
     @property
@@ -56,7 +59,7 @@ class PruneReport:
         """The layers in which `min_keep` kept kernels."""
         return [layer.name for layer in self.layers if layer.kept_by_bound]
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         width = max(5, *(len(layer.name) for layer in self.layers))
         lines = [f'{"layer":{width}}  {"shape":>18}  {"kernels":>10}  {"pruned":>10}  {"%":>5}  dead filters']
         for layer in self.layers:
@@ -68,13 +71,14 @@ class PruneReport:
         dead, filters = sum(x.dead_filters for x in self.layers), sum(x.shape[0] for x in self.layers)
         lines.append(f'{"all":{width}}  {"":>18}  {self.kernels:>10,}  {self.pruned:>10,}  {100 * self.share:>5.1f}  '
                      f'{dead} of {filters}')
-        return '\n'.join(lines)
+        return lines
 
 
-def report_banks(banks: Sequence[FilterBank], kept: dict[str, int] | None = None) -> PruneReport:
+def report_banks(model: nn.Module, banks: Sequence[FilterBank], kept: dict[str, int] | None = None) -> KernelReport:
     """Count the kernels that are zero now.
 
     Args:
+        model: The model.
         banks: The filter banks.
         kept: By name, how many kernels `min_keep` kept.
     """
@@ -84,7 +88,9 @@ def report_banks(banks: Sequence[FilterBank], kept: dict[str, int] | None = None
         layers.append(LayerReport(
             bank.name, tuple(bank.weight.shape), int((~live).sum()), int((~live.any(1)).sum()),
             (kept or {}).get(bank.name, 0)))
-    return PruneReport(tuple(layers))
+    params = count_params(model)
+    return KernelReport(
+        params=(params, params), touched=sum(bank.weight.numel() for bank in banks), layers=tuple(layers))
 
 
 def live_kernels(weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +98,7 @@ def live_kernels(weight: torch.Tensor) -> torch.Tensor:
     return (weight.detach() != 0).flatten(2).any(2)
 
 
-def plot_report(report: PruneReport, path: str | Path) -> None:
+def plot_report(report: KernelReport, path: str | Path) -> None:
     """Draw the pruned share of every layer to an image file (`.png`, `.svg`, `.pdf`).
 
     Raises:

@@ -8,7 +8,10 @@ import torch.nn as nn
 
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
+from timm_lean.layers.lean_report import changed_params, hand_over
+from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
+from timm_lean.measure.report import count_params
 
 from .calibration import calibrate
 from .groups import Group, find_groups
@@ -20,14 +23,15 @@ __all__ = ['share']
 
 def share(
         model: nn.Module,
+        *,
         shared_rank: int | None = None,
         energy: float | None = None,
         params: float | None = None,
         unique_rank: int = 0,
         dual: bool = False,
         stages: Sequence[int] | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
         example_input: torch.Tensor | None = None,
         bn: bool = False,
         calibration: Iterable[Any] | None = None,
@@ -48,8 +52,8 @@ def share(
         dual: One basis for the first convolutions of the blocks and another for the second: convolutions share only
             with those of the same name in their block.
         stages: Stages to convert, numbered as timm's feature levels (a ResNet's stem is 0); all if None.
-        include: Names or `fnmatch` patterns of convolutions to convert; all if None.
-        exclude: Names or patterns to leave alone.
+        include: Shell patterns on the names of convolutions to convert, a list or joined by `|`; all if None.
+        exclude: Patterns of those to leave alone.
         example_input: Images `[B, C, H, W]` to measure output errors on.
         bn: Put a batch norm between filters and coefficients, as the paper's networks have. It changes nothing at
             first: its weight and bias undo its statistics. In training mode that holds as far as the statistics of a
@@ -57,7 +61,7 @@ def share(
         calibration: For `bn`: batches of images `[B, C, H, W]`, or tuples that start with them, on the model's device.
 
     Returns:
-        A new network of the same mode, with `.share_report`.
+        A new network of the same mode, with a `ShareReport` as `.lean_report`.
 
     Raises:
         LeanError: Arguments that cannot be met, a budget out of reach, or no convolutions that could share.
@@ -65,8 +69,8 @@ def share(
     _check(shared_rank, energy, params, unique_rank)
     if bn != (calibration is not None):
         raise LeanError('bn=True and calibration=LOADER go together: the batch norms get their statistics from it.')
-    groups = find_groups(model, dual, stages, _patterns(include), _patterns(exclude))
-    before = sum(p.numel() for p in model.parameters())
+    groups = find_groups(model, dual, stages, include, exclude)
+    before = count_params(model)
     if params is not None:
         ranks = ranks_for_budget(groups, params, before, unique_rank, bn)
     elif energy is not None:
@@ -80,17 +84,15 @@ def share(
         for group, rank in zip(groups, ranks, strict=True)]
     new = deepcopy(model)
     _restructure(new, plan)
-    report = ShareReport(params_before=before)
-    for index, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
-        report.layers += _fill(new, group, rank, index)
+    layers = [layer for index, (group, rank) in enumerate(zip(groups, ranks, strict=True))
+              for layer in _fill(new, group, rank, index)]
     if calibration is not None:
-        calibrate(new, [layer.name for layer in report.layers], calibration)
-    report.params_after = sum(p.numel() for p in new.parameters())
-    if example_input is not None:
-        _measure(model, new, example_input, report)
+        calibrate(new, [layer.name for layer in layers], calibration)
+    error = None if example_input is None else _measure(model, new, example_input, layers)
     record_step(new, 'share', groups=plan)
-    new.share_report = report  # type: ignore[assignment]
-    return new
+    report = ShareReport(params=(before, count_params(new)), touched=changed_params(model, new), layers=tuple(layers),
+                         output_error=error)
+    return hand_over(new, report, 'Sharing')
 
 
 @register_step('share')
@@ -114,10 +116,6 @@ def _check(shared_rank: Any, energy: Any, params: Any, unique_rank: Any) -> None
     for name, value in (('energy', energy), ('params', params)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1):
             raise LeanError(f'{name} must be a share above 0 and at most 1, got {value!r}.')
-
-
-def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
-    return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
 
 
 def _restructure(model: nn.Module, plan: list[dict[str, Any]]) -> None:
@@ -174,10 +172,10 @@ def _leading_directions(rest: torch.Tensor, basis: torch.Tensor, count: int) -> 
 
 
 @torch.no_grad()
-def _measure(model: nn.Module, new: nn.Module, x: torch.Tensor, report: ShareReport) -> None:
-    """Errors in eval mode; every layer gets the input that it has in the original."""
+def _measure(model: nn.Module, new: nn.Module, x: torch.Tensor, layers: list[LayerShare]) -> float:
+    """Errors in eval mode, noted on the layers; every layer gets the input that it has in the original."""
     old, new = deepcopy(model).eval(), deepcopy(new).eval()
-    for layer in report.layers:
+    for layer in layers:
         replaced = new.get_submodule(layer.name)
 
         def hook(_: nn.Module, args: tuple, y: torch.Tensor, layer: LayerShare = layer,
@@ -187,7 +185,7 @@ def _measure(model: nn.Module, new: nn.Module, x: torch.Tensor, report: ShareRep
     outputs, others = old(x), new(x)
     if isinstance(outputs, torch.Tensor):
         outputs, others = [outputs], [others]
-    report.output_error = max(_relative(b, a) for a, b in zip(outputs, others, strict=True))
+    return max(_relative(b, a) for a, b in zip(outputs, others, strict=True))
 
 
 def _relative(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -10,73 +10,74 @@ from timm.layers import BatchNormAct2d
 
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
+from timm_lean.layers.lean_report import LeanReport, hand_over
+from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.layers.shared_basis import SharedBasisConv2d, bn_scale_shift
+from timm_lean.measure.report import count_params
 
 __all__ = ['FoldReport', 'fold', 'to_dense']
 
 
-@dataclass
-class FoldReport:
+@dataclass(frozen=True, kw_only=True)
+class FoldReport(LeanReport):
     """What `fold` did.
 
     Attributes:
         folded: Chains that became one dense convolution.
         batchnorms: Batch normalizations behind those that went into the convolution too.
         left: Names of shared layers that could not be folded.
-        params_before: Parameters of the model, shared ones counted once.
-        params_after: Parameters of the folded model.
     """
-    folded: int = 0
-    batchnorms: int = 0
-    left: tuple[str, ...] = ()
-    params_before: int = 0
-    params_after: int = 0
+    folded: int
+    batchnorms: int
+    left: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         text = (f'folded {self.folded} shared convolutions and {self.batchnorms} batch norms into dense convolutions; '
-                f'parameters {self.params_before:,} -> {self.params_after:,}: a folded file has dense size')
-        return text + (f'; left as they are: {", ".join(self.left)}' if self.left else '')
+                f'parameters {self.params[0]:,} -> {self.params[1]:,}: a folded file has dense size')
+        return [text + (f'; left as they are: {", ".join(self.left)}' if self.left else '')]
 
 
-def fold(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
+def fold(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None) -> nn.Module:
     """Turn every chain filters -> BN -> coefficients (-> BN) into one dense convolution with bias.
 
     The result computes the same function in eval mode (up to rounding) at the speed of the dense network; sharing, and
-    with it the small file, is gone. `features_only` models fold too. What was done is in `.fold_report`.
+    with it the small file, is gone. `features_only` models fold too.
 
     Args:
         model: A model in eval mode.
-        layers: Names of the shared convolutions to fold; all if None.
+        include: Shell patterns on the names of shared convolutions to fold, a list or joined by `|`; all if None.
+        exclude: Patterns of those to leave shared.
 
     Returns:
-        A new model in eval mode; the given one is unchanged.
+        A new model in eval mode, with a `FoldReport` as `.lean_report`; the given one is unchanged.
 
     Raises:
         LeanError: The model is in training mode, where BN is not linear, or has nothing to fold.
     """
+    names = [name for name, m in model.named_modules() if isinstance(m, SharedBasisConv2d)]
+    wanted, unwanted = (match_names(patterns, names, 'fold', option, 'shared convolution')
+                        for option, patterns in (('include', include), ('exclude', exclude)))
+    layers = [name for name in names if (include is None or name in wanted) and name not in unwanted]
     new, report = _fold(model, layers)
-    new.fold_report = report  # type: ignore[assignment]
-    record_step(new, 'fold', **({} if layers is None else {'layers': sorted(layers)}))
-    return new
+    record_step(new, 'fold', **({} if len(layers) == len(names) else {'layers': sorted(layers)}))
+    return hand_over(new, report, 'Folding')
 
 
 @register_step('fold')
 def _fold_step(model: nn.Module, layers: Sequence[str] | None = None) -> nn.Module:
-    return _fold(model, layers)[0]
+    """What `fold` recorded: which of the shared convolutions were folded; all if None."""
+    names = [name for name, m in model.named_modules() if isinstance(m, SharedBasisConv2d)]
+    if unknown := sorted(set(layers or ()) - set(names)):
+        raise LeanError(f"The recipe step 'fold' does not fit this network: {unknown[0]!r} is no shared convolution.")
+    return _fold(model, names if layers is None else layers)[0]
 
 
-def _fold(model: nn.Module, layers: Sequence[str] | None) -> tuple[nn.Module, FoldReport]:
+def _fold(model: nn.Module, layers: Sequence[str]) -> tuple[nn.Module, FoldReport]:
     if model.training:
         raise LeanError('fold() needs the model in eval mode: in training mode batch norm is not linear. '
                         'Call model.eval() first.')
-    report = FoldReport(params_before=_count(model))
     new = deepcopy(model)
-    left = []
-    wanted = None if layers is None else set(layers)
-    if wanted is not None:
-        known = {n for n, m in new.named_modules() if isinstance(m, SharedBasisConv2d)}
-        if unknown := sorted(wanted - known):
-            raise LeanError(f'fold() was asked for {unknown[0]!r}, which is no shared convolution of this model.')
+    left, folded, batchnorms = [], 0, 0
     for prefix, parent in list(new.named_modules()):
         shared = {n: m for n, m in parent.named_children() if isinstance(m, SharedBasisConv2d)}
         if not shared:
@@ -84,24 +85,19 @@ def _fold(model: nn.Module, layers: Sequence[str] | None) -> tuple[nn.Module, Fo
         followers = _single_followers(parent)
         for name, layer in shared.items():
             full_name = f'{prefix}.{name}' if prefix else name
-            if wanted is not None and full_name not in wanted:
+            if full_name not in layers:
                 continue
             if not _is_linear(layer):
                 left.append(full_name)
                 continue
             conv = to_dense(layer)
             setattr(parent, name, conv)
-            report.folded += 1
-            report.batchnorms += _absorb_batchnorm(parent, conv, followers.get(name))
-    if not report.folded:
+            folded += 1
+            batchnorms += _absorb_batchnorm(parent, conv, followers.get(name))
+    if not folded:
         raise LeanError('fold() found no shared convolution to fold in this model.')
-    report.left = tuple(left)
-    report.params_after = _count(new)
-    return new, report
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return new, FoldReport(params=(count_params(model), count_params(new)), folded=folded, batchnorms=batchnorms,
+                           left=tuple(left))
 
 
 def _is_linear(layer: SharedBasisConv2d) -> bool:

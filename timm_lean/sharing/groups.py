@@ -2,13 +2,13 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
+from timm_lean.layers.patterns import Patterns, match_names
 
 __all__ = ['Group', 'find_groups']
 
@@ -45,24 +45,19 @@ class Group:
 
 
 def find_groups(
-        model: nn.Module, dual: bool, stages: Sequence[int] | None, include: list[str] | None,
-        exclude: list[str] | None,
+        model: nn.Module, dual: bool, stages: Sequence[int] | None, include: Patterns, exclude: Patterns,
 ) -> list[Group]:
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     stage_of = _stage_index(model)
     convs = {n: m for n, m in model.named_modules() if _is_shareable(m)}
-    for patterns in (include, exclude):
-        for pattern in patterns or ():
-            if not any(fnmatch(name, pattern) for name in convs):
-                raise LeanError(f'{pattern!r} matches no convolution that could share. '
-                                f'There are: {", ".join(convs)[:300] or "none"}.')
+    wanted, unwanted = (match_names(patterns, list(convs), 'share', option, 'convolution that could share')
+                        for option, patterns in (('include', include), ('exclude', exclude)))
     found: dict[tuple, list[str]] = defaultdict(list)
     for name, conv in convs.items():
         stage = stage_of(name)
         if (places[id(conv)] > 1 or uses[id(conv.weight)] > 1 or (stages is not None and stage not in stages)
-                or (include is not None and not any(fnmatch(name, p) for p in include))
-                or any(fnmatch(name, p) for p in exclude or ())):
+                or (include is not None and name not in wanted) or name in unwanted):
             continue
         leaf = name.rpartition('.')[2] if dual else ''
         found[stage, conv.in_channels, conv.out_channels, conv.kernel_size[0], leaf].append(name)

@@ -1,5 +1,7 @@
 """What a conversion did, layer by layer."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from timm_lean.layers.lean_report import LeanReport
 
 __all__ = ['LayerShare', 'ShareReport']
 
@@ -24,30 +26,25 @@ class LayerShare:
     output_error: float | None = None
 
 
-@dataclass
-class ShareReport:
+@dataclass(frozen=True, kw_only=True)
+class ShareReport(LeanReport):
     """What `share` did.
 
     Attributes:
         layers: The converted convolutions.
-        params_before: Parameters of the original.
-        params_after: Parameters of the result, shared ones counted once.
         output_error: Relative error of the network's output in eval mode for the example input; None without one.
     """
-    layers: list[LayerShare] = field(default_factory=list)
-    params_before: int = 0
-    params_after: int = 0
+    layers: tuple[LayerShare, ...]
     output_error: float | None = None
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         width = max([len(layer.name) for layer in self.layers] + [5])
         lines = [f'{"layer":{width}}  group  shared  unique  energy kept  output error']
         for la in self.layers:
             error = '-' if la.output_error is None else f'{la.output_error:.4f}'
             lines.append(f'{la.name:{width}}  {la.group:5}  {la.shared_rank:6}  {la.unique_rank:6}  '
                          f'{100 * la.energy:9.2f} %  {error:>12}')
-        lines.append(f'parameters {self.params_before:,} -> {self.params_after:,} '
-                     f'({100 * self.params_after / self.params_before:.1f} %)')
+        lines += super().lines()
         if self.output_error is not None:
             lines.append(f'relative error of the output {self.output_error:.4f}')
-        return '\n'.join(lines)
+        return lines

@@ -21,7 +21,7 @@ def create_pruner(model: nn.Module, config: TrainConfig) -> KernelPruner | None:
     """
     pruned = has_step(model, STEP)
     if not config.prune:
-        return KernelPruner(model, 'weight', amount=0., again=True) if pruned else None
+        return KernelPruner(model, criterion='weight', amount=0., again=True) if pruned else None
     if pruned and not config.prune_again:
         raise LeanError(f'The kernels of {config.model} have been pruned before and stay so without --prune. If '
                         'pruning more of them is meant, add --prune-again.')
@@ -30,9 +30,10 @@ def create_pruner(model: nn.Module, config: TrainConfig) -> KernelPruner | None:
         raise LeanError(f'--prune-epochs {config.prune_epochs} does not fit into the {config.epochs} epochs of the '
                         'run.')
     return KernelPruner(
-        model, config.prune, amount=config.prune_amount, threshold=config.prune_threshold, scope=config.prune_scope,
-        ignore=config.prune_ignore or None, min_keep=config.prune_min_keep, schedule=config.prune_schedule,
-        begin=begin, end=end, every=config.prune_every, seed=config.seed, again=config.prune_again)
+        model, criterion=config.prune, amount=config.prune_amount, threshold=config.prune_threshold,
+        scope=config.prune_scope, exclude=config.prune_ignore or None, min_keep=config.prune_min_keep,
+        schedule=config.prune_schedule, begin=begin, end=end, every=config.prune_every, seed=config.seed,
+        again=config.prune_again)
 
 
 def _span(config: TrainConfig) -> tuple[float, float | None]:
