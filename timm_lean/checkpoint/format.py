@@ -29,7 +29,7 @@ __all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model',
 FORMAT_VERSION = 1
 _KEY = 'timm_lean'
 # Arguments of timm.create_model that download, open other files or choose a device.
-_RUNTIME_ARGS = {
+RUNTIME_ARGS = {
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'features_only', 'device',
     'dtype', 'scriptable', 'exportable', 'no_jit'}
 # No network has that many blocks or channels; timm allocates lists of such lengths before any module exists.
@@ -219,7 +219,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         if not isinstance(header.get(key), kind):
             raise CheckpointError(f'{path} has a damaged timm-lean header: {key!r} should be a {kind.__name__}, '
                                   f'got {str(header.get(key))[:100]!r}.')
-    if runtime := sorted(_RUNTIME_ARGS & header['model_args'].keys()):
+    if runtime := sorted(RUNTIME_ARGS & header['model_args'].keys()):
         raise CheckpointError(f'{path} has a damaged timm-lean header: {", ".join(runtime)} do not describe a network.')
     if _largest_number(header['model_args']) > _MAX_ARGUMENT:
         raise CheckpointError(

@@ -1,6 +1,6 @@
-"""A detector as safetensors plus config: save, export, load. No pickle, and no code runs on loading."""
+"""A detector as safetensors plus config: save, export, load. No pickle, and no code runs on loading (see `trust.py`)."""
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from timm_lean.errors import CheckpointError, LeanError
 from .backbone import TimmBackbone
 from .channels import resolve_channels
 from .settings import open_config, parse_config
+from .trust import check_config, registered_only
 from .weights import DETECTOR_KEY, FORMAT_VERSION, detector_header, load_from_safetensors
 
 __all__ = ['build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'save_detector']
@@ -63,25 +64,31 @@ def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any])
         save_file(tensors, temporary, metadata={'format': 'pt', DETECTOR_KEY: text})
 
 
-def export_detector(config: str | Path | Config | None, checkpoint: str | Path, out_dir: str | Path) -> Path:
+def export_detector(
+        config: str | Path | Config | None, checkpoint: str | Path, out_dir: str | Path, *,
+        trust_imports: Sequence[str] = (),
+) -> Path:
     """Write a folder with `config.py` and `model.safetensors`, which `load_detector` and `init_detector` take.
 
     Args:
         config: The config it was trained with; None if the checkpoint, a `.safetensors` file, says it.
         checkpoint: `.safetensors` or `.pth`.
         out_dir: The folder.
+        trust_imports: For a config from the checkpoint, see `load_detector`.
 
     Raises:
         LeanError: The checkpoint does not fit the config, or the folder cannot be written.
     """
-    cfg = config if isinstance(config, Config) else open_config(config) if config is not None else None
-    if cfg is None:
+    model: Any
+    if config is None:
         if not str(checkpoint).endswith('.safetensors'):
             raise LeanError(f'{checkpoint} does not say which detector it holds. Give its config.')
-        cfg = parse_config(detector_header(checkpoint)['config'], str(checkpoint))
-    model = build_detector(cfg)
-    state = load_strictly(model, checkpoint)
-    metainfo = state.get('meta', {}).get('dataset_meta', {})
+        model = load_detector(checkpoint, trust_imports=trust_imports)
+        cfg, metainfo = model.cfg, model.dataset_meta
+    else:
+        cfg = config if isinstance(config, Config) else open_config(config)
+        model = build_detector(cfg)
+        metainfo = load_strictly(model, checkpoint).get('meta', {}).get('dataset_meta', {})
     header = describe(cfg, model, {k.lower(): v for k, v in metainfo.items()})
     with atomic_dir(out_dir) as temporary:
         (temporary / CONFIG_FILE).write_text(header['config'])
@@ -89,29 +96,50 @@ def export_detector(config: str | Path | Config | None, checkpoint: str | Path, 
     return Path(out_dir)
 
 
-def load_detector(source: str | Path, device: str | torch.device = 'cpu') -> nn.Module:
+def load_detector(
+        source: str | Path, device: str | torch.device = 'cpu', *, trust_imports: Sequence[str] = (),
+) -> nn.Module:
     """Load an exported detector, or a file of `SafetensorsHook`, ready for `mmdet.apis.inference_detector`.
+
+    The file may come from anywhere: its config is data, may name registered classes only, and follows no path or URL.
 
     Args:
         source: The folder or the `.safetensors` file. The folder's `config.py` is read as plain values and may be
             edited.
         device: Where to put it.
+        trust_imports: Packages of yours that the detector's config may import, because its classes are registered
+            there. Their code runs.
 
     Raises:
-        CheckpointError: Something is missing, damaged or does not fit.
+        CheckpointError: Something is missing, damaged, does not fit, or asks for more than a detector needs.
     """
     source = Path(source)
     weights = source / WEIGHTS_FILE if source.is_dir() else source
     if source.is_dir() and not (weights.is_file() and (source / CONFIG_FILE).is_file()):
         raise CheckpointError(f'{source} is not an exported detector: it has no {WEIGHTS_FILE} or no {CONFIG_FILE}.')
     header = detector_header(weights)
-    text = (source / CONFIG_FILE).read_text() if source.is_dir() else header['config']
-    cfg = parse_config(text, str(source / CONFIG_FILE if source.is_dir() else source))
-    model: Any = build_detector(cfg)
-    load_strictly(model, weights)
+    text = _read_text(source / CONFIG_FILE) if source.is_dir() else header['config']
+    name = str(source / CONFIG_FILE if source.is_dir() else source)
+    cfg = check_config(parse_config(text, name), name, trust_imports)
+    try:
+        with registered_only():
+            model: Any = build_detector(cfg)
+        load_strictly(model, weights)
+    except CheckpointError:
+        raise
+    except Exception as e:  # the detectors' classes check their arguments in their own ways
+        reason = ' '.join((str(e) if isinstance(e, LeanError) else f'{type(e).__name__}: {e}').split())[:300]
+        raise CheckpointError(f'{name} does not describe a detector that can be built: {reason}') from e
     model.dataset_meta = {'palette': 'random', **header['metainfo']}
     model.cfg = cfg
     return model.to(device).eval()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f'{path} cannot be read: {e}') from e
 
 
 def build_detector(cfg: Config) -> nn.Module:

@@ -16,6 +16,7 @@ from timm_lean.errors import CheckpointError, LeanError
 __all__ = ['open_config', 'parse_config', 'set_data_root']
 
 _NAMES = {'inf': math.inf, 'nan': math.nan}
+_MAX_TEXT = 1_000_000  # characters; MMDetection's largest config has 17,520
 
 
 def parse_config(text: str, source: str = 'config') -> Config:
@@ -28,15 +29,20 @@ def parse_config(text: str, source: str = 'config') -> Config:
     Raises:
         CheckpointError: It contains anything else.
     """
+    if len(text) > _MAX_TEXT:
+        raise CheckpointError(f'{source} is not a config: it has {len(text):,} characters, at most {_MAX_TEXT:,} are '
+                              'read.')
     values: dict[str, Any] = {}
     try:
         for statement in ast.parse(text).body:
-            if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+            target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+            if not isinstance(target, ast.Name):
                 raise ValueError(f'line {statement.lineno} is not an assignment')
-            values[statement.targets[0].id] = _value(statement.value)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise CheckpointError(f'{source} is not a config of plain values: {e}.') from e
-    return Config(values)
+            values[target.id] = _value(statement.value)  # type: ignore[attr-defined]
+        return Config(values)
+    except (SyntaxError, ValueError, KeyError, RecursionError, MemoryError) as e:  # MMEngine reserves some keys
+        reason = ' '.join(str(e).split())[:200]
+        raise CheckpointError(f'{source} is not a config of plain values: {reason}.') from e
 
 
 def open_config(path: str | Path) -> Config:
@@ -77,23 +83,30 @@ def set_data_root(cfg: Config, root: str | Path) -> None:
 
 
 def _value(node: ast.expr) -> Any:
+    """The plain value an expression spells out; ValueError for anything that would have to be computed."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and (
             not node.args or (len(node.args) == 1 and isinstance(node.args[0], ast.Dict))):
         pairs: dict[Any, Any] = {}
         for argument in node.args:  # names that are no identifiers, such as modules of a pruned backbone
             pairs.update(_value(argument))
         for keyword in node.keywords:
+            if keyword.arg is None and not isinstance(keyword.value, ast.Dict):
+                raise ValueError(f'line {node.lineno} has {ast.unparse(keyword)[:60]!r}')
             pairs.update({keyword.arg: _value(keyword.value)} if keyword.arg else _value(keyword.value))
         return pairs
-    if isinstance(node, ast.Dict) and None not in node.keys:
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
         return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-        return kind(_value(item) for item in node.elts)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(item) for item in node.elts] if isinstance(node, ast.List) else tuple(
+            _value(item) for item in node.elts)
+    if isinstance(node, ast.Set) and all(isinstance(item, ast.Constant) for item in node.elts):
+        return {_value(item) for item in node.elts}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
+        value = _value(node.operand)
+        if isinstance(value, (int, float)):
+            return -value
     if isinstance(node, ast.Name) and node.id in _NAMES:
         return _NAMES[node.id]
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (str, int, float))):
         return node.value
     raise ValueError(f'line {node.lineno} has {ast.unparse(node)[:60]!r}')

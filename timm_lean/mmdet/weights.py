@@ -16,6 +16,8 @@ from timm_lean.checkpoint.format import read_header
 from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError
 
+from .trust import check_recipe
+
 __all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights']
 
 DETECTOR_KEY = 'timm_lean_detector'
@@ -112,15 +114,39 @@ def detector_header(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f'{path} has a damaged header: {e}') from e
     if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
-        version = header.get('format') if isinstance(header, dict) else header
-        raise CheckpointError(f'{path} has detector format {version!r}; this version reads {FORMAT_VERSION}. '
+        version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
+        raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION}. '
                               'Update timm-lean if the file is newer.')
+    _check_entries(header, str(path))
+    return header
+
+
+def _check_entries(header: dict[str, Any], path: str) -> None:
     kinds = {'config': str, 'metainfo': dict, 'aliases': dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]
     backbone = header.get('backbone')
-    if wrong or not (backbone is None or set(backbone) == {'architecture', 'model_args', 'steps'}):
-        raise CheckpointError(f'{path} has a damaged header: {", ".join(wrong) or "backbone"}.')
-    return header
+    if backbone is not None and not (
+            isinstance(backbone, dict) and set(backbone) == {'architecture', 'model_args', 'steps'}
+            and isinstance(backbone['steps'], list)):
+        wrong.append('backbone')
+    if not wrong:
+        if not all(isinstance(name, str) for name in header['aliases'].values()):
+            wrong.append('aliases')
+        if not _is_metainfo(header['metainfo']):
+            wrong.append('metainfo')
+    if wrong:
+        raise CheckpointError(f'{path} has a damaged header: {", ".join(wrong)}.')
+    if backbone is not None:
+        check_recipe(backbone['architecture'], backbone['model_args'], path)
+
+
+def _is_metainfo(metainfo: dict[str, Any]) -> bool:
+    """Whether these are class names and colours, each of which may be missing."""
+    classes, palette = metainfo.get('classes', []), metainfo.get('palette', [])
+    return isinstance(classes, list) and all(isinstance(name, str) for name in classes) and (
+        palette in ('random', 'coco', 'voc', 'citys') or isinstance(palette, list) and all(
+            isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+            for colour in palette))
 
 
 def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
