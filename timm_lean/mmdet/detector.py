@@ -1,4 +1,4 @@
-"""A detector as safetensors plus config: save, export, load. No pickle, and no code runs on loading (see `trust.py`)."""
+"""A detector as safetensors plus config: save, export, load. No pickle, and loading runs no code (see `trust.py`)."""
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -35,9 +35,8 @@ _WORDS = {
     'nms': {'nms', 'soft_nms'},
     'roi_layer': {'RoIAlign', 'RoIPool', 'SimpleRoIAlign', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack'},
     'adapt_cfg': {'dilation', 'offset'},
-    **dict.fromkeys(
-        ('same_down_trans', 'same_up_trans', 'across_lateral_trans', 'across_down_trans', 'across_up_trans',
-         'across_skip_trans', 'output_trans'), {'conv', 'interpolation_conv', 'last_conv'})}
+    **{f'{name}_trans': {'conv', 'interpolation_conv', 'last_conv'} for name in (
+        'same_down', 'same_up', 'across_lateral', 'across_down', 'across_up', 'across_skip', 'output')}}
 """Types the libraries look up elsewhere than in a registry, by the key their settings stand under."""
 
 _REACH_OUT = {
@@ -166,7 +165,7 @@ class _Inspector:
             return value
         found = find(value, registries)
         if found is None:
-            self._refuse(
+            return self._refuse(
                 f'{where} asks for the type {_shown(value)}, which is not registered there. If it is a class of '
                 "yours that the config's custom_imports register, say load_detector(..., trust_imports=['PACKAGE'])")
         if found.rpartition('.')[2] in _REACH_OUT:

@@ -143,10 +143,13 @@ def _check_entries(header: dict[str, Any], path: str) -> None:
 def _is_metainfo(metainfo: dict[str, Any]) -> bool:
     """Whether these are class names and colours, each of which may be missing."""
     classes, palette = metainfo.get('classes', []), metainfo.get('palette', [])
-    return isinstance(classes, list) and all(isinstance(name, str) for name in classes) and (
-        palette in ('random', 'coco', 'voc', 'citys') or isinstance(palette, list) and all(
-            isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
-            for colour in palette))
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        return False
+    if isinstance(palette, str):
+        return palette in ('random', 'coco', 'voc', 'citys')
+    return isinstance(palette, list) and all(
+        isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+        for colour in palette)
 
 
 def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
