@@ -117,12 +117,6 @@ def test_the_command_prunes_and_fine_tunes(gradual, tmp_path, capsys):
     assert '--again' in capsys.readouterr().err and not (tmp_path / 'x.safetensors').exists()
 
 
-def test_the_command_analyzes(gradual, tmp_path, capsys):
-    assert main(['analyze', 'resnet20_cifar', '--random-weights', '--criteria', '--threshold', '0.01', '-o', str(tmp_path / 'a')]) == 0
-    assert 'complex eigenvalues' in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / 'a').iterdir()} == {'curves.csv', 'layers.csv', 'overlap.csv', 'criteria.png'}
-
-
 def test_the_recipe_is_recorded_once(gradual):
     from timm_lean.checkpoint.recipe import recipe_of
     recipe = recipe_of(load_model(gradual / 'run' / 'best.safetensors'))

@@ -55,7 +55,8 @@ def change_network(
     with progress(args):
         columns = {'before': _figures(args, model, x, Path(args.model), options)}
         new = change(model, x)
-        print(new.lean_report, flush=True)
+        if not args.json:
+            print(new.lean_report, flush=True)
         save_model(new, output)
         columns[title] = _figures(args, new, x, output, options)
         if tuning:

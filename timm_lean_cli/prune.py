@@ -62,11 +62,13 @@ def _pruned(args: argparse.Namespace, model: Any, x: Any) -> Any:
     from timm_lean.pruning import compact, plot_report, prune_channels, prune_kernels
     if args.granularity == 'channel':
         return prune_channels(model, x, **_channel_options(args))
-    new = prune_kernels(model, again=args.again, **given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL))
+    new: Any = prune_kernels(
+        model, again=args.again, **given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL))
     if args.plot:
         plot_report(new.lean_report, args.plot)
     if args.compact:
-        print(new.lean_report)
+        if not args.json:
+            print(new.lean_report)
         new = compact(new, x)
     return new
 

@@ -3,7 +3,7 @@
 Paper: https://arxiv.org/abs/2102.02804, the analyses of its section 4.
 """
 import csv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ class CriteriaAnalysis:
         for a in CRITERIA:
             lines.append(f'{a:22}' + ''.join(f'{self.overlap[a, b]:13.3f}' for b in CRITERIA))
         return '\n'.join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The analysis as JSON data."""
+        overlap = {a: {b: self.overlap[a, b] for b in CRITERIA} for a in CRITERIA}
+        layers = {name: dict(kernels=n, complex=share, pruned=pruned)
+                  for name, (n, share, pruned) in self.layers.items()}
+        return {**asdict(replace(self, overlap={})), 'layers': layers, 'overlap': overlap}
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write `curves.csv`, `layers.csv`, `overlap.csv` and `criteria.png`; returns their paths."""

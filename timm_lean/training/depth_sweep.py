@@ -220,7 +220,8 @@ def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
     axes[1].set_ylabel('seconds per epoch')
     for depth in depths:
         points = [(r.places[name], ratio) for r in runs if r.depth == depth for name, ratio in r.ratios.items()]
-        axes[2].scatter(*zip(*points, strict=True) if points else ((), ()), s=8, alpha=0.6, label=f'network of {depth}')
+        axes[2].scatter(
+            [x for x, _ in points], [y for _, y in points], s=8, alpha=0.6, label=f'network of {depth}')
     axes[2].set_ylabel('‖F(x)‖ / ‖x‖ of each block')
     axes[2].set_xlabel('convolutions up to the end of the block')
     for axis in axes[:2]:
