@@ -17,6 +17,7 @@ from timm_lean.checkpoint.format import read_header, save_hf_dir
 from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import SpectralImportance, kernel_scores, prune_channels
+from timm_lean.pruning.graph import build_graph, channel_groups, is_consistent
 
 
 def model_of(name: str, **kwargs) -> nn.Module:
@@ -188,7 +189,33 @@ def test_iterative_pruning_ends_at_the_same_widths_and_calls_back():
     assert [p.shape for p in one.parameters()] == [p.shape for p in many.parameters()]
 
 
-def test_ignored_layers_and_the_head_stay():
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2_035', 'regnetx_002'])
+def test_kept_channels_are_those_of_the_original(name):
+    """What the report says is kept, cut out of the original by hand, is what is there."""
+    model, x = model_of(name), image()
+    small = prune_channels(model, x, iterative_steps=2)
+    report, old = small.lean_report, dict(model.named_modules())
+    assert {n for n, *_ in report.layers} <= report.kept.keys()
+    for layer, m in small.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            w = old[layer].weight
+            outs = report.kept.get(layer, range(len(w)))
+            expected = w[list(outs)]
+            if getattr(m, 'groups', 1) == 1:
+                expected = expected[:, list(report.kept_inputs.get(layer, range(w.shape[1])))]
+            elif m.weight.shape[1] > 1:
+                continue  # grouped: every group loses other inputs
+            assert torch.equal(m.weight, expected), layer
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+
+
+def test_include_limits_what_is_cut():
+    model, x = model_of('resnet18'), image()
+    small = prune_channels(model, x, include='layer2|layer3.1', exclude='layer2.0')
+    assert {name for name, *_ in small.lean_report.layers} == {'layer2.1.conv1', 'layer3.1.conv1'}
+
+
+def test_excluded_layers_and_the_head_stay():
     model, x = model_of('resnet18', num_classes=13), image()
     small = prune_channels(model, x, pruning_ratio=0.5, exclude='layer4.*.conv1|layer1')
     assert small.layer4[0].conv1.out_channels == 512
@@ -304,6 +331,33 @@ def test_damaged_steps_are_refused(change, tmp_path):
 def test_bad_input(kwargs, words):
     with pytest.raises(LeanError, match=words):
         prune_channels(model_of('resnet20_cifar'), image('cifar'), **kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['lambda_resnet26t', 'nextvit_small'])
+def test_channels_that_cannot_be_followed_stay(name):
+    """Torch-Pruning divides by zero in the one's reshapes; the other's grouped layers read concatenated channels."""
+    model, x = model_of(name), image()
+    small = prune_channels(model, x)
+    assert small(x).shape == model(x).shape
+    assert any('cannot' in why for _, why in small.lean_report.unchanged)
+    assert small.lean_report.params[1] < 0.9 * small.lean_report.params[0]
+
+
+def test_a_grouped_layer_that_reads_a_concatenation_is_taken_whole_or_not_at_all():
+    """Channels of `a` lie in the first two of five groups, so no equal share of the five can leave it alone."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 10, 1), nn.Conv2d(3, 20, 1)
+            self.c, self.d = nn.Conv2d(30, 30, 1, groups=5), nn.Conv2d(30, 4, 1)
+
+        def forward(self, x):
+            return self.d(self.c(torch.cat([self.a(x), self.b(x)], 1))).mean((2, 3))
+    model = Net().eval()
+    groups, lost = channel_groups(build_graph(model, torch.randn(1, 3, 8, 8)), [model.d])
+    assert not lost
+    assert {g[0].dep.target.module: is_consistent(g) for g in groups} == {model.a: False, model.b: False, model.c: True}
 
 
 def test_models_that_cannot_be_pruned_say_why():

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from timm_lean import LeanError
 from timm_lean.mmdet import KernelPruningHook, load_detector
 from timm_lean.mmdet.weights import detector_header
-from timm_lean.pruning.kernels import KernelPruner
+from timm_lean.pruning import kernel_report
 
 
 def hook(**kwargs):
@@ -24,7 +24,7 @@ def config(folder, *hooks, epochs=2):
 
 
 def zero_share(model) -> float:
-    return KernelPruner(model.backbone, criterion='weight', amount=0., again=True).report.share
+    return kernel_report(model.backbone).share
 
 
 def trained(cfg):

@@ -21,7 +21,7 @@ from timm_lean.mmdet import TimmBackbone, export_detector, launch, load_detector
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
 from timm_lean.mmdet.settings import parse_config
-from timm_lean.pruning import KernelPruner
+from timm_lean.pruning import kernel_report
 
 MMDET_TOOLS = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim' / 'tools'
 BCCD = SHARED.parents[1] / 'bccd' / 'retinanet_resnet34_bccd.py'
@@ -298,5 +298,5 @@ custom_hooks = [
     assert state['meta']['iter'] == 2  # 8 images, 2 processes with 2 each
     assert np.isfinite(state['message_hub']['log_scalars']['train/loss_basis_ortho'].data[0]).all()
     pruned = load_detector(tmp_path / 'run' / 'best.safetensors')
-    zeros = KernelPruner(pruned.backbone, criterion='weight', amount=0., again=True).report.share
+    zeros = kernel_report(pruned.backbone).share
     assert zeros == pytest.approx(0.5, abs=0.01)

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, reparameterize_model
 
 from timm_lean import fold
 from timm_lean.errors import LeanError
@@ -441,6 +441,27 @@ def test_fold_of_features_only_is_exact(name):
     with torch.no_grad():
         for out, expected in zip(folded(x), model(x), strict=True):
             assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize('name', ['resnet32_cifar_s8u1', 'resnet50_sharedpp'])
+def test_timms_reparameterize_model_folds(name):
+    model = randomize_batchnorm(timm.create_model(name)).eval()
+    dense = reparameterize_model(model)
+    assert shared_layers(model) and not shared_layers(dense)
+    assert_fold_is_exact(dense, model, torch.randn(2, 3, 32, 32))
+
+
+def test_a_layer_that_is_no_linear_chain_does_not_fuse():
+    layer = SharedBasisConv2d(4, 4, 3, FilterBasis(5, 4, 3), norm_layer=BatchNormAct2d)
+    assert layer.fuse() is layer
+
+
+@pytest.mark.parametrize('patterns, left', [
+    (dict(include='layer1.*'), {'layer2', 'layer3'}), (dict(exclude=['layer1.*', 'layer3.*']), {'layer1', 'layer3'})])
+def test_fold_of_some_layers(patterns, left):
+    folded = fold(small(), **patterns)
+    assert {name.partition('.')[0] for name, m in folded.named_modules() if isinstance(m, SharedBasisConv2d)} == left
+    assert sorted(folded.lean_steps[-1]['layers']) == folded.lean_steps[-1]['layers']
 
 
 def test_fold_leaves_the_original_as_it_was():

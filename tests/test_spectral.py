@@ -240,3 +240,9 @@ def test_a_gpu_gives_the_same_scores():
     cpu, gpu = all_scores(weight), all_scores(weight.cuda())
     for name, values in cpu.items():
         torch.testing.assert_close(gpu[name].cpu(), values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('criterion', CRITERIA)
+def test_1x1_kernels_of_float64_score_their_absolute_value(criterion):
+    weight = torch.randn(5, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10
+    torch.testing.assert_close(kernel_scores(weight, criterion), weight[:, :, 0, 0].abs())

@@ -2,7 +2,6 @@
 
 Nothing of mmengine, mmcv or mmdet is imported by this file itself: a broken installation is what it is for.
 """
-import argparse
 import importlib.util
 import platform
 import re
@@ -12,7 +11,9 @@ from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 
-HELP = 'what is installed, what works, what is missing'
+from timm_lean.version import __version__
+
+__all__ = ['diagnose', 'doctor']
 
 _CORE = ('torch', 'torchvision', 'timm', 'safetensors', 'numpy')
 # Distributions that own the same import name; the first is the one in the extra 'mmdet'.
@@ -30,11 +31,7 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 """
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    pass
-
-
-def run(args: argparse.Namespace) -> int:
+def doctor() -> int:
     """Print the diagnosis; returns 0 if all that is installed works, else 1."""
     lines, status = diagnose()
     print('\n'.join(lines))
@@ -47,7 +44,6 @@ def diagnose() -> tuple[list[str], int]:
     Returns:
         Lines to print, and 0 or, if something is broken, 1. MMDetection that is not installed is not broken.
     """
-    from timm_lean.version import __version__
     versions = _versions()
     lines = [f'timm-lean {__version__}, Python {platform.python_version()}, {platform.platform()}']
     lines.append(_listed(f'{name} {versions.get(name, "not installed")}' for name in _CORE))

@@ -30,7 +30,6 @@ from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.measure.report import count_macs, count_params
 from timm_lean.pruning import prune_channels
-from timm_lean.sharing.fold import to_dense
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 from timm_lean.training.device import resolve_device
@@ -99,9 +98,8 @@ class Experiment:
         if way != 'scratch' and dense_file is not None:
             save_model(model, file)
             row['epochs'] = args.finetune_epochs
-            row['after'] = finetune(
-                file, epochs=args.finetune_epochs, lr=args.finetune_lr, **self.settings,
-                **(dict(distill=str(dense_file)) if way == 'distilled' else {}))
+            row['after'] = finetune(file, args.finetune_epochs, args.finetune_lr, {
+                **self.settings, **(dict(distill=str(dense_file)) if way == 'distilled' else {})})
         row['seconds'] = time.perf_counter() - start
         self.rows.append(row)
         self.file.write_text(json.dumps(self.rows, indent=1) + '\n')
@@ -138,7 +136,7 @@ def cheapest_macs(model: nn.Module, x: torch.Tensor) -> int:
             rank = layer.shared_rank + layer.unique_rank
             if rank * (dense + layer.out_channels) > layer.out_channels * dense:
                 parent, _, leaf = name.rpartition('.')
-                setattr(model.get_submodule(parent), leaf, to_dense(layer))
+                setattr(model.get_submodule(parent), leaf, layer.fuse())
     return count_macs(model, x.shape)
 
 

@@ -5,6 +5,7 @@ pretrained_cfg (input size, normalization, class names). Nothing is pickled and 
 network from timm's registry and loads the tensors strictly.
 """
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from .recipe import LEAN_ENTRY, Recipe, build, recipe_of
 __all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model', 'set_head']
 
 FORMAT_VERSION = 1
+_logger = logging.getLogger(__name__)
 _KEY = 'timm_lean'
 # Arguments of timm.create_model that download, open other files or choose a device.
 RUNTIME_ARGS = {
@@ -56,6 +58,7 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         raise CheckpointError(str(e)) from e
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     _check_shapes(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
+    _warn_of_lost_zeros(recipe, tensors)
     cfg = filter_pretrained_cfg(
         {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
         remove_source=True, remove_null=True)
@@ -72,6 +75,16 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         header.pop('packed', None)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={'format': 'pt', _KEY: json.dumps(header)})
+
+
+def _warn_of_lost_zeros(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
+    """Say that training has revived pruned kernels; folding and sharing fill them in on purpose."""
+    steps = [step['op'] for step in recipe.steps]
+    if 'prune_kernels' not in steps or {'fold', 'share'} & set(steps[steps.index('prune_kernels'):]):
+        return
+    if not any(bool((t == 0).flatten(2).all(2).any()) for t in tensors.values() if t.ndim == 4):
+        _logger.warning('The kernels of this model were pruned, and none of them is zero any more: training revived '
+                        'them. Keep them by timm_lean.keep_zeros(model, optimizer).')
 
 
 def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:

@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.measure.report import measure_latency
-from timm_lean.sharing.fold import fold, to_dense
+from timm_lean.sharing.fold import fold
 
 __all__ = ['fold_as_asked', 'fold_faster']
 
@@ -78,7 +78,7 @@ def fold_faster(
             continue  # not used by the forward pass
         key = (str(layer), tuple(bank.groups for bank in layer.banks()), shapes[name])
         if key not in measured:
-            forms: list[nn.Module] = [deepcopy(layer), to_dense(layer)]
+            forms: list[nn.Module] = [deepcopy(layer), deepcopy(layer).fuse()]
             (shared, _, _), (dense, _, _) = measure_latency(
                 forms, [shapes[name]] * 2, torch.device(device), repeats)
             measured[key] = shared, dense

@@ -260,6 +260,23 @@ class SharedBasisConv2d(nn.Module):
                 bias = own if bias is None else bias + own
         return weight.to(dtype), None if bias is None else bias.to(dtype), groups
 
+    def fuse(self) -> nn.Module:
+        """The layer as one dense convolution, which is what `timm.utils.reparameterize_model` puts in its place.
+
+        Equal in eval mode. A layer whose normalization holds an activation, or has no running statistics, is no linear
+        chain: it is returned as it is.
+        """
+        if not isinstance(self.bn, nn.Identity) and not is_plain_batchnorm(self.bn):
+            return self
+        weight, bias, groups = self.dense_weight_bias()
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups,
+            bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        conv.weight = nn.Parameter(weight.clone())
+        if bias is not None:
+            conv.bias = nn.Parameter(bias)
+        return conv.train(self.training)
+
 
 def init_orthonormal(*banks: FilterBasis) -> None:
     """Initialize filter banks orthonormal, several banks jointly.
@@ -272,6 +289,11 @@ def init_orthonormal(*banks: FilterBasis) -> None:
         nn.init.orthogonal_(rows)
         for bank, part in zip(banks, rows.split([bank.num_filters for bank in banks]), strict=True):
             bank.weight.copy_(part)
+
+
+def is_plain_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is, in eval mode, `scale * x + shift` per channel and nothing else."""
+    return type(module) is nn.BatchNorm2d and module.track_running_stats
 
 
 def bn_scale_shift(bn: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

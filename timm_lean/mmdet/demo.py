@@ -16,7 +16,7 @@ from PIL import Image
 
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.errors import LeanError
-from timm_lean.pruning import KernelPruner
+from timm_lean.pruning import kernel_report
 
 from .detector import export_detector, load_detector, load_strictly
 from .predict import predict_images
@@ -68,7 +68,7 @@ def detection_demo(output: Path, epochs: int = 14) -> None:
     with _quiet(), _one_thread():
         metrics = runner.test()
     ap, ap50 = metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50']
-    share = KernelPruner(reloaded.backbone, criterion='weight', amount=0., again=True).report.share
+    share = kernel_report(reloaded.backbone).share
     size = (directory / 'model.safetensors').stat().st_size
     params = sum(p.numel() for p in reloaded.parameters())
     print(f'   {directory}: {params:,} parameters, {size / 1e6:.1f} MB, {100 * share:.0f} % of the kernels zero')

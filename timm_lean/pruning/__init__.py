@@ -4,13 +4,14 @@ from .channels import prune_channels
 from .compaction import compact
 from .importance import SpectralImportance
 from .kernels import KernelPruner, prune_kernels
-from .report import KernelReport, plot_report
+from .report import KernelReport
 from .resize import resize
 from .schedule import PruneSchedule, list_prune_schedules
 from .spectral import ALL_CRITERIA, CRITERIA, all_scores, kernel_scores, threshold_for
+from .zeros import ZeroKeeper, keep_zeros, kernel_report
 
 __all__ = [
-    'ALL_CRITERIA', 'CRITERIA', 'KernelPruner', 'KernelReport', 'PruneSchedule', 'SpectralImportance', 'all_scores',
-    'analyze_criteria', 'compact', 'kernel_scores', 'list_prune_schedules', 'plot_report', 'prune_channels',
-    'prune_kernels', 'resize', 'threshold_for',
+    'ALL_CRITERIA', 'CRITERIA', 'KernelPruner', 'KernelReport', 'PruneSchedule', 'SpectralImportance', 'ZeroKeeper',
+    'all_scores', 'analyze_criteria', 'compact', 'keep_zeros', 'kernel_report', 'kernel_scores', 'list_prune_schedules',
+    'prune_channels', 'prune_kernels', 'resize', 'threshold_for',
 ]

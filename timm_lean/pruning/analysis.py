@@ -2,20 +2,21 @@
 
 Paper: https://arxiv.org/abs/2102.02804, the analyses of its section 4.
 """
-import csv
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint.files import writable_dir
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
 from timm_lean.layers.patterns import Patterns
+from timm_lean.measure.pictures import REFERENCE, new_figure
 
 from .spectral import CRITERIA, all_scores, below
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ['CriteriaAnalysis', 'analyze_criteria']
 
@@ -56,56 +57,38 @@ class CriteriaAnalysis:
             lines.append(f'{a:22}' + ''.join(f'{self.overlap[a, b]:13.3f}' for b in CRITERIA))
         return '\n'.join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The analysis as JSON data."""
-        overlap = {a: {b: self.overlap[a, b] for b in CRITERIA} for a in CRITERIA}
-        layers = {name: dict(kernels=n, complex=share, pruned=pruned)
-                  for name, (n, share, pruned) in self.layers.items()}
-        return {**asdict(replace(self, overlap={})), 'layers': layers, 'overlap': overlap}
+    def tables(self) -> dict[str, list[list[Any]]]:
+        """`curves`, `layers` and `overlap` as rows, the first of each its header."""
+        curves = [[t, *(self.curves[c][i] for c in CRITERIA)] for i, t in enumerate(self.thresholds)]
+        layers = [[layer, count, share, *(pruned[c] for c in CRITERIA)]
+                  for layer, (count, share, pruned) in self.layers.items()]
+        return {
+            'curves': [['threshold', *CRITERIA], *curves],
+            'layers': [['layer', 'kernels', 'complex', *CRITERIA], *layers],
+            'overlap': [['criterion', *CRITERIA], *([a, *(self.overlap[a, b] for b in CRITERIA)] for a in CRITERIA)],
+        }
 
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write `curves.csv`, `layers.csv`, `overlap.csv` and `criteria.png`; returns their paths."""
-        directory = writable_dir(directory)
-        tables: dict[str, list[list[Any]]] = {'curves.csv': [['threshold', *CRITERIA]]}
-        for i, t in enumerate(self.thresholds):
-            tables['curves.csv'].append([t, *(self.curves[c][i] for c in CRITERIA)])
-        tables['layers.csv'] = [['layer', 'kernels', 'complex', *CRITERIA]]
-        for layer, (count, share, pruned) in self.layers.items():
-            tables['layers.csv'].append([layer, count, share, *(pruned[c] for c in CRITERIA)])
-        tables['overlap.csv'] = [['criterion', *CRITERIA]]
-        for a in CRITERIA:
-            tables['overlap.csv'].append([a, *(self.overlap[a, b] for b in CRITERIA)])
-        for name, rows in tables.items():
-            with open(directory / name, 'w', newline='') as f:
-                csv.writer(f).writerows(rows)
-        self._plot(directory / 'criteria.png')
-        return [directory / name for name in (*tables, 'criteria.png')]
-
-    def _plot(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(15, 4.5), layout='constrained')
-        FigureCanvasAgg(figure)
-        curves, layers, overlap = figure.subplots(1, 3)
+    def figure(self) -> 'Figure':
+        """Pruned share against threshold, per layer, and the overlap, as a picture."""
+        figure, (curves, layers, overlap) = new_figure((15, 4.5), columns=3)
         for name in CRITERIA:
             curves.semilogx(self.thresholds, [100 * v for v in self.curves[name]], label=name)
-        curves.axvline(self.threshold, color='0.5', linestyle=':')
+            layers.plot([100 * pruned[name] for _, _, pruned in self.layers.values()], marker='.', label=name)
+        curves.axvline(self.threshold, color=REFERENCE, linestyle=':')
         curves.set_xlabel('threshold t')
         curves.set_ylabel('pruned, %')
-        curves.legend(fontsize=7)
-        for name in CRITERIA:
-            layers.plot([100 * pruned[name] for _, _, pruned in self.layers.values()], '.-', label=name)
         layers.plot([100 * share for _, share, _ in self.layers.values()], 'k--', label='complex eigenvalues')
         layers.set_xlabel('layer')
         layers.set_ylabel(f'pruned at t = {self.threshold:g}, %')
-        layers.legend(fontsize=7)
+        for axes in (curves, layers):
+            axes.legend(fontsize=7)
         picture = overlap.imshow([[self.overlap[a, b] for b in CRITERIA] for a in CRITERIA], vmin=0, vmax=1)
+        overlap.grid(visible=False)
         overlap.set_xticks(range(len(CRITERIA)), CRITERIA, rotation=90, fontsize=7)
         overlap.set_yticks(range(len(CRITERIA)), CRITERIA, fontsize=7)
         overlap.set_title('overlap of the pruned sets', fontsize=9)
         figure.colorbar(picture, ax=overlap)
-        figure.savefig(path, dpi=120)
+        return figure
 
 
 @torch.no_grad()

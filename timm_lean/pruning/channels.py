@@ -6,7 +6,7 @@ silently skipped and grouped convolutions stay valid.
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from timm_lean.layers.lean_report import LeanReport, changed_params, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.measure.report import count_macs, count_params
 
-from .graph import build_graph, channel_groups, classifier_modules, conv_groups, is_consistent
+from .graph import build_graph, channel_group, channel_groups, classifier_modules, conv_groups, is_consistent
 from .importance import SpectralImportance
 from .resize import record_resize
 from .sizes import ModelSizes
@@ -105,47 +105,73 @@ def prune_channels(
     """
     check_criterion(criterion)
     _check(pruning_ratio, round_to, max_pruning_ratio, iterative_steps)
-    if not isinstance(example_inputs, torch.Tensor) or example_inputs.ndim != 4:
-        raise LeanError('example_inputs must be an image batch [B, C, H, W] as a tensor, got '
-                        f'{list(getattr(example_inputs, "shape", [])) or type(example_inputs).__name__}.')
-    if any(isinstance(m, EcaModule) for m in model.modules()):
-        raise LeanError(f'{type(model).__name__} has ECA attention, a convolution along the channels: removing one '
-                        'changes its neighbours. Channel pruning does not support it.')
-    check_finite(find_filter_banks(model), 'Channel pruning')
+    _check_model(model, example_inputs)
     importance = importance or SpectralImportance(criterion, group_reduction, normalizer)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    limits = _Limits(global_pruning, round_to, max_pruning_ratio)
     new = copy.deepcopy(model)
     x = example_inputs.detach()
-    build_graph(new, x)  # fails now, and clearly, if the model cannot be traced
-    before = _widths(new)
-    cost = count_params(new), count_macs(new, x.shape)
-    sizes = ModelSizes.of(new, x)
-    tracker = ChannelTracker(new)
-    start: dict[nn.Module, int] = {}
-    unchanged: dict[str, str] = {}
+    graph = build_graph(new, x)  # fails now, and clearly, if the model cannot be traced
+    macs, sizes, tracker = count_macs(new, x.shape), ModelSizes.of(new, x), ChannelTracker(new)
+    ignored = {*classifier_modules(new), *_ignored(new, include, exclude)}
+    start: dict[str, int] = {}
     for step in range(1, iterative_steps + 1):
-        unchanged = _step(
-            new, x, importance, pruning_ratio * step / iterative_steps, global_pruning, round_to, max_pruning_ratio,
-            [*classifier_modules(new), *_ignored(new, include, exclude)], start, tracker)
-        if between_steps is not None and step < iterative_steps:
-            between_steps(new, step)
+        if step > 1:
+            if between_steps is not None:
+                between_steps(new, step - 1)
+            graph = build_graph(new, x)
+        groups, unchanged = _score(new, graph, importance, ignored)
+        for group in groups:
+            start.setdefault(group.name, group.channels)
+        cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
+        unchanged |= too_few | _cut(graph, cuts, tracker)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in new.named_parameters():
         p.requires_grad_(flags[name])
     try:
         sizes.update(new, x)
-        cost = (cost[0], count_params(new), cost[1], count_macs(new, x.shape))  # type: ignore[assignment]
+        macs_after = count_macs(new, x.shape)
     except Exception as e:  # the model's own code meets channel counts it did not expect
         raise LeanError(f'{type(model).__name__} cannot run with fewer channels, its code fixes them: '
                         f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}. Name the layers to leave alone by '
                         'exclude.') from e
     record_resize(new)
-    after = _widths(new)
     report = ChannelReport(
-        params=cost[:2], macs=cost[2:], touched=changed_params(model, new),  # type: ignore[arg-type]
-        kept=tracker.kept, kept_inputs=tracker.kept_inputs,
-        layers=tuple((name, before[name], after[name]) for name in before if before[name] != after[name]),
+        params=(count_params(model), count_params(new)), macs=(macs, macs_after), touched=changed_params(model, new),
+        kept=tracker.kept, kept_inputs=tracker.kept_inputs, layers=_widths(model, tracker.kept),
         unchanged=tuple(unchanged.items()))
     return hand_over(new.train(model.training), report, 'Channel pruning')
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How many channels may go, see `prune_channels`."""
+    global_pruning: bool
+    round_to: int
+    max_ratio: float
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Channels that can only leave together.
+
+    Attributes:
+        name: The layer that makes them.
+        root: Torch-Pruning's dependency by which they are cut.
+        parts: Into how many equal parts grouped layers divide them; each part loses the same.
+        values: The importance of the channels of a part, `[channels / parts]`.
+    """
+    name: str
+    root: Any
+    parts: int
+    values: torch.Tensor
+
+    @property
+    def channels(self) -> int:
+        return len(self.values) * self.parts
+
+
+_Cut = tuple[_Scored, list[int]]
+_Reasons = dict[str, str]
 
 
 def _check(ratio: float, round_to: int, max_ratio: float, iterative_steps: int) -> None:
@@ -167,65 +193,90 @@ def _ignored(model: nn.Module, include: Patterns, exclude: Patterns) -> set[nn.M
     return unwanted | (set() if include is None else set(modules.values()) - wanted)
 
 
-def _step(
-        model: nn.Module, x: torch.Tensor, importance: Callable[[Any], torch.Tensor | None], ratio: float,
-        global_pruning: bool, round_to: int, max_ratio: float, ignored: list[nn.Module], start: dict[nn.Module, int],
-        tracker: ChannelTracker,
-) -> dict[str, str]:
-    """Bring every group down to `ratio` of what it had at the start; returns the groups left alone and why."""
-    graph = build_graph(model, x)
+def _check_model(model: nn.Module, x: Any) -> None:
+    if not isinstance(x, torch.Tensor) or x.ndim != 4:
+        raise LeanError('example_inputs must be an image batch [B, C, H, W] as a tensor, got '
+                        f'{list(getattr(x, "shape", [])) or type(x).__name__}.')
+    if any(isinstance(m, EcaModule) for m in model.modules()):
+        raise LeanError(f'{type(model).__name__} has ECA attention, a convolution along the channels: removing one '
+                        'changes its neighbours. Channel pruning does not support it.')
+    check_finite(find_filter_banks(model), 'Channel pruning')
+
+
+def _score(
+        model: nn.Module, graph: Any, importance: Callable[[Any], torch.Tensor | None], ignored: Collection[nn.Module],
+) -> tuple[list[_Scored], _Reasons]:
+    """The groups that may lose channels, with their importance, and why others may not."""
     names = {m: name for name, m in model.named_modules()}
-    plans = []
-    kept: dict[str, str] = {}
-    for group in channel_groups(graph, ignored):
-        root = group[0].dep.target.module
-        name = names.get(root, '?')
+    full, lost = channel_groups(graph, ignored)
+    groups, unchanged = [], {names[m]: f'Torch-Pruning cannot follow its channels ({why})' for m, why in lost.items()}
+    for group in full:
+        root = group[0].dep
+        name, parts = names.get(root.target.module, '?'), conv_groups(group)
         if not is_consistent(group):
-            kept[name] = 'the code pads, slices or splits its channels'
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            values = importance(group)
-        if values is None:
-            kept[name] = 'nothing to score'
-            continue
-        if not bool(torch.isfinite(values).all()):
+            unchanged[name] = 'the code pads, slices or splits its channels'
+        elif len(group[0].idxs) % parts:
+            unchanged[name] = f'its channels cannot be divided among {parts} groups'
+        elif (values := _importance(importance, group)) is None:
+            unchanged[name] = 'nothing to score'
+        elif not bool(torch.isfinite(values).all()):
             raise LeanError(f'The importance of the channels of {name!r} is not finite. A normalizer divides by zero '
                             'where all kernels are zero; choose normalizer=None.')
-        parts = conv_groups(graph, group)
-        plans.append((group, root, parts, values.view(parts, -1).mean(0).cpu().double()))
-    if not plans:
-        reasons = '; '.join(f'{name}: {why}' for name, why in list(kept.items())[:3])
+        else:
+            groups.append(_Scored(name, root, parts, values.view(parts, -1).mean(0).cpu().double()))
+    if not groups:
+        reasons = '; '.join(f'{name}: {why}' for name, why in list(unchanged.items())[:3])
         shared = any(isinstance(m, FilterBasis) for m in model.modules())
-        hint = ' Layers that share a basis lose the same inputs; one that cannot lose any keeps those of all.'
+        hint = (' Layers that share a basis lose the same inputs; one that cannot lose any keeps those of all. Prune '
+                'channels first: prune_channels(), then share().')
         raise LeanError(f'{type(model).__name__} has no channels to prune: '
                         f'{reasons or "all groups are left out or reach the output"}.{hint if shared else ""}')
-    for _, root, parts, values in plans:
-        start.setdefault(root, len(values) * parts)
-    limit = None
-    if global_pruning:
-        ranked = torch.cat([v.repeat_interleave(parts) for _, _, parts, v in plans]).sort().values
-        gone = len(ranked) - round((1 - ratio) * sum(start[root] for _, root, *_ in plans))
-        limit = float(ranked[gone - 1]) if gone > 0 else -math.inf
-    for group, root, parts, values in plans:
-        name, total, each = names.get(root, '?'), start[root] // parts, len(values)
-        keep = int((values > limit).sum()) if limit is not None else round(total * (1 - ratio))
-        unit = round_to // math.gcd(round_to, parts)
-        floor = max(unit, math.ceil((1 - max_ratio) * total - 1e-9))
-        keep = max(round(keep / unit), math.ceil(floor / unit)) * unit
+    return groups, unchanged
+
+
+def _importance(importance: Callable[[Any], torch.Tensor | None], group: Any) -> torch.Tensor | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return importance(group)
+
+
+def _plan(groups: list[_Scored], start: dict[str, int], ratio: float, limits: _Limits) -> tuple[list[_Cut], _Reasons]:
+    """The channels to cut, to bring the groups down to `1 - ratio` of what they had at the start."""
+    threshold = None
+    if limits.global_pruning:
+        ranked = torch.cat([g.values.repeat_interleave(g.parts) for g in groups]).sort().values
+        gone = len(ranked) - round((1 - ratio) * sum(start[g.name] for g in groups))
+        threshold = float(ranked[gone - 1]) if gone > 0 else -math.inf
+    cuts, unchanged = [], {}
+    for group in groups:
+        each, total = len(group.values), start[group.name] // group.parts
+        keep = round(total * (1 - ratio)) if threshold is None else int((group.values > threshold).sum())
+        unit = limits.round_to // math.gcd(limits.round_to, group.parts)
+        least = max(unit, math.ceil((1 - limits.max_ratio) * total - 1e-9))
+        keep = max(round(keep / unit), math.ceil(least / unit)) * unit
         if keep >= each:
-            kept[name] = f'{each * parts} channels stay by round_to={round_to} and max_pruning_ratio={max_ratio:g}'
+            unchanged[group.name] = (f'{group.channels} channels stay by round_to={limits.round_to} and '
+                                     f'max_pruning_ratio={limits.max_ratio:g}')
             continue
-        lowest = values.argsort(stable=True)[:each - keep]
-        indices = torch.cat([lowest + part * each for part in range(parts)]).sort().values.tolist()
-        cut = graph.get_pruning_group(root, group[0].dep.handler, indices)
-        if not graph.check_pruning_group(cut):
-            kept[name] = 'a layer that depends on it would be empty'
-            continue
-        tracker.cut(cut)
-    return kept
+        lowest = group.values.argsort(stable=True)[:each - keep]
+        cuts.append((group, torch.cat([lowest + part * each for part in range(group.parts)]).sort().values.tolist()))
+    return cuts, unchanged
 
 
-def _widths(model: nn.Module) -> dict[str, int]:
+def _cut(graph: Any, cuts: list[_Cut], tracker: ChannelTracker) -> _Reasons:
+    """Take the planned channels out; returns the groups that would have been emptied somewhere, left whole."""
+    unchanged = {}
+    for group, indices in cuts:
+        cut = channel_group(graph, group.root.target.module, group.root.handler, indices)
+        if graph.check_pruning_group(cut):
+            tracker.cut(cut)
+        else:
+            unchanged[group.name] = 'a layer that depends on it would be empty'
+    return unchanged
+
+
+def _widths(model: nn.Module, kept: dict[str, list[int]]) -> tuple[tuple[str, int, int], ...]:
+    """Output channels before and after of the layers that lost any."""
     kinds = (nn.Conv2d, nn.Linear, FilterBasis)
-    return {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, kinds)}
+    before = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, kinds)}
+    return tuple((name, before[name], len(kept[name])) for name in before if name in kept)

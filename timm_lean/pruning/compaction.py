@@ -10,6 +10,7 @@ does not look at its input: whatever depends on the image comes out NaN, and wha
 whichever activations, additions or concatenations it went through.
 """
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.measure.report import count_macs, count_params
 
-from .graph import build_graph, channel_groups, classifier_modules, is_consistent
+from .graph import build_graph, channel_group, channel_groups, classifier_modules, is_consistent
 from .resize import record_resize
 from .sizes import ModelSizes
 from .tracker import ChannelTracker
@@ -150,29 +151,13 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
     cost = count_params(new), count_macs(new, x.shape)
     sizes = ModelSizes.of(new, x)
     tracker = ChannelTracker(new)
-    removed: dict[str, int] = {}
-    constants = left = 0
-    while True:
-        inputs = _constant_inputs(new, x)
-        graph = build_graph(new, x)
-        names = {m: name for name, m in new.named_modules()}
-        left, cuts = 0, []
-        for group in channel_groups(graph, classifier_modules(new)):
-            if not is_consistent(group):
-                continue
-            gone, dead = _removable(group, inputs)
-            left += int((dead & ~gone).sum())
-            if gone.all():
-                gone[0] = False  # a layer keeps one channel
-            if gone.any():
-                constants += _move_constants(group, gone, inputs)
-                cuts.append((group[0].dep, gone.nonzero()[:, 0].tolist()))
-        # cut after all are chosen: layers behind a concatenation belong to several groups, and their indices move
-        for dep, indices in cuts:
-            root = dep.target.module
-            tracker.cut(graph.get_pruning_group(root, dep.handler, indices))
-            removed[names[root]] = removed.get(names[root], 0) + len(indices)
-        if not cuts:
+    removed: Counter[str] = Counter()
+    constants = 0
+    while True:  # what leaves may leave other channels without a reader
+        gone, moved, left = _remove_dead(new, x, tracker)
+        removed.update(gone)
+        constants += moved
+        if not gone:
             break
     for name, p in new.named_parameters():
         p.requires_grad_(flags.get(name, True))
@@ -188,6 +173,31 @@ def compact(model: nn.Module, example_inputs: torch.Tensor) -> nn.Module:
         params=(cost[0], count_params(new)), macs=(cost[1], count_macs(new, x.shape)), removed=tuple(removed.items()),
         constants=constants, left=left, change=change, scale=scale, kept=tracker.kept, kept_inputs=tracker.kept_inputs)
     return hand_over(new.eval(), report, 'Compaction')
+
+
+def _remove_dead(model: nn.Module, x: torch.Tensor, tracker: ChannelTracker) -> tuple[dict[str, int], int, int]:
+    """Remove what can go now: channels by layer, how many of them were constants, and how many dead ones stay."""
+    inputs = _constant_inputs(model, x)
+    graph = build_graph(model, x)
+    names = {m: name for name, m in model.named_modules()}
+    constants = left = 0
+    cuts = []
+    for group in channel_groups(graph, classifier_modules(model))[0]:
+        if not is_consistent(group):
+            continue
+        gone, dead = _removable(group, inputs)
+        left += int((dead & ~gone).sum())
+        if gone.all():
+            gone[0] = False  # a layer keeps one channel
+        if gone.any():
+            constants += _move_constants(group, gone, inputs)
+            cuts.append((group[0].dep, gone.nonzero()[:, 0].tolist()))
+    removed = {}
+    # cut after all are chosen: layers behind a concatenation belong to several groups, and their indices move
+    for dep, indices in cuts:
+        tracker.cut(channel_group(graph, dep.target.module, dep.handler, indices))
+        removed[names[dep.target.module]] = len(indices)
+    return removed, constants, left
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ A `SharedBasisConv2d` is one node. Its inputs are the input channels of its filt
 the same input channels; that is an extra edge between them. Its outputs are rows of its own coefficients, or, where it
 has none, the shared filters themselves, which again ties the layers.
 """
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from torch_pruning.dependency import Dependency
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
 
-__all__ = ['build_graph', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
+__all__ = ['build_graph', 'channel_group', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
 
 
 class SharedBasisPruner(tp.BasePruningFunc):
@@ -125,38 +126,83 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
     return graph
 
 
-def channel_groups(graph: Any, ignored: Sequence[nn.Module]) -> list[Any]:
-    """The groups of channels that can only leave together, each with all its channels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, SharedBasisConv2d)
-        return list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=roots))
+class _Group(tp.Group):
+    """Torch-Pruning's group, but what that one searches its list for is looked up in a set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[Any] = set()
+
+    def add_dep(self, dep: Dependency, idxs: Any) -> None:
+        super().add_dep(dep, idxs)
+        self._seen.add((id(dep.target), dep.handler, tuple(idxs)))
+
+    def has_pruning_op(self, dep: Dependency, idxs: Any) -> bool:
+        return (id(dep.target), dep.handler, tuple(idxs)) in self._seen
 
 
-def conv_groups(graph: Any, group: Any) -> int:
+def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[int]) -> Any:
+    """All that has to leave with some channels of a layer."""
+    theirs = tp.dependency.graph.Group
+    tp.dependency.graph.Group = _Group
+    try:
+        return graph.get_pruning_group(layer, handler, indices)
+    finally:
+        tp.dependency.graph.Group = theirs
+
+
+def channel_groups(graph: Any, ignored: Collection[nn.Module]) -> tuple[list[Any], dict[nn.Module, str]]:
+    """The groups of channels that can only leave together, each with all its channels.
+
+    Returns:
+        The groups in which no layer that makes the channels is ignored, and the layers whose channels Torch-Pruning
+        fails to follow through the model's code, with its error.
+    """
+    lost: dict[nn.Module, str] = {}
+    groups, seen = [], {*ignored, *graph.IGNORED_LAYERS_IN_TRACING}
+    for layer in list(graph.module2node):
+        if layer in seen or not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d)):
+            continue
+        pruner = graph.get_pruner_of_module(layer)
+        try:
+            group = channel_group(graph, layer, pruner.prune_out_channels, range(pruner.get_out_channels(layer)))
+        except Exception as e:  # its index arithmetic assumes much about reshapes and splits
+            lost[layer] = f'{type(e).__name__}: {str(e).partition(chr(10))[0][:100]}'
+            continue
+        makers = {dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)}
+        if makers.isdisjoint(ignored):
+            groups.append(group)
+        seen |= makers
+    return groups, lost
+
+
+def conv_groups(group: Any) -> int:
     """Into how many parts of equal size a group's channels are divided, by grouped convolutions or group norms."""
-    count = 1
-    for dep, _ in group:
-        module = dep.target.module
-        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
-            count = max(count, module.groups)
-        elif isinstance(module, nn.GroupNorm):
-            count = max(count, module.num_groups)
-    return count
+    return math.lcm(*(_parts(dep.target.module) for dep, _ in group))
+
+
+def _parts(module: Any) -> int:
+    if isinstance(module, nn.Conv2d) and module.groups < module.out_channels:
+        return module.groups
+    return module.num_groups if isinstance(module, nn.GroupNorm) else 1
 
 
 def is_consistent(group: Any) -> bool:
-    """Whether a full group takes each of its convolutions whole.
+    """Whether a full group takes each of its convolutions and grouped layers whole.
 
     It does not where a model's code pads, slices or splits channels in a way the graph misses; to remove channels there
     would pair the wrong ones.
     """
     for dep, idxs in group:
-        module, name = dep.target.module, dep.handler.__name__
-        if isinstance(module, (nn.Conv2d, SharedBasisConv2d)) and 'out_channels' in name:
-            if sorted(set(idxs)) != list(range(module.out_channels)):
-                return False
-        elif isinstance(module, (nn.Conv2d, SharedBasisConv2d)) and idxs and max(idxs) >= module.in_channels:
+        module = dep.target.module
+        if isinstance(module, nn.GroupNorm):
+            count, whole = module.num_channels, module.num_groups > 1
+        elif isinstance(module, (nn.Conv2d, SharedBasisConv2d)):
+            makes = 'out_channels' in dep.handler.__name__
+            count, whole = module.out_channels if makes else module.in_channels, makes or _parts(module) > 1
+        else:
+            continue
+        if sorted(set(idxs)) != list(range(count)) if whole else max(idxs, default=0) >= count:
             return False
     return True
 

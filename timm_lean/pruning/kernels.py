@@ -3,10 +3,8 @@
 Paper: https://arxiv.org/abs/2102.02804 (by threshold; relative to the filter, "contribution"; a share per filter,
 "sorted").
 
-A pruned kernel is one that is zero. There is no mask in the state dict and no wrapper around a layer: the zeros are
-the mask, so a pruned model is copied, traced, averaged, wrapped and saved like any other. While training goes on, the
-pruner knows which kernels are dead and zeroes them again after every optimizer step, whatever momentum or weight decay
-did.
+A pruned kernel is one that is zero (see `zeros`). While training goes on, the pruner knows which kernels are dead and
+zeroes them again after every optimizer step, whatever momentum or weight decay did.
 """
 import copy
 import logging
@@ -22,9 +20,10 @@ from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_
 from timm_lean.layers.lean_report import hand_over
 from timm_lean.layers.patterns import Patterns
 
-from .report import KernelReport, live_kernels, report_banks
+from .report import KernelReport, report_banks
 from .schedule import PruneSchedule
-from .spectral import below, check_criterion, kernel_scores
+from .spectral import below, check_criterion, degree, kernel_scores
+from .zeros import ZeroKeeper
 
 __all__ = ['STEP', 'KernelPruner', 'prune_kernels']
 
@@ -33,7 +32,7 @@ SCOPES = ('global', 'layer', 'filter')
 _logger = logging.getLogger(__name__)
 
 
-class KernelPruner:
+class KernelPruner(ZeroKeeper):
     """Prunes kernels of a model's filter banks: every `nn.Conv2d`, and each shared basis once.
 
     Exactly one of `threshold`, `contrib` and `amount` says how much is pruned. With a model and an optimizer:
@@ -47,7 +46,7 @@ class KernelPruner:
                 pruner.step()          # or once, before the loop: pruner.attach(optimizer)
 
     Args:
-        model: The model itself, not wrapped (DDP, torch.compile); on any device.
+        model: The model, on any device; of a wrapped one (DDP, torch.compile, EMA) the model inside.
         criterion: How kernels are scored, see `spectral`.
         threshold: Prune kernels below the paper's threshold for this t (`det`: t^k, `det_gram`: t^2k). The paper: 1e-4.
         contrib: Prune kernels whose share of their filter's total score is below this. The paper: 1e-3.
@@ -108,47 +107,25 @@ class KernelPruner:
         self.schedule = PruneSchedule(schedule, begin, end, every)
         if amount is None and schedule != 'one_shot':
             raise LeanError(f'The schedule {schedule!r} needs an amount; by {self.rule} pruning is one_shot.')
-        pruned_before = has_step(model, STEP)
+        super().__init__(model)
+        self.banks = find_filter_banks(self.model, include, exclude, user='Kernel pruning')
+        pruned_before = has_step(self.model, STEP)
         if pruned_before and not again:
             raise LeanError('The kernels of this model have been pruned before. If pruning them again is meant, say '
                             'again=True (--again).')
         self.scope, self.min_keep, self.seed = scope, min_keep, seed
-        self.model = model
-        self.banks = find_filter_banks(model, include, exclude, user='Kernel pruning')
         check_finite(self.banks, 'Kernel pruning')
         for bank in self.banks:  # fails now, not in the first update
             self._score(bank, bank.weight[:1, :1])
         self.updates = 0
-        self._dead: dict[str, torch.Tensor] = {}
         self._kept: dict[str, int] = {}
-        self._followers: list[nn.Module] = []
-        self._handle: Any = None
-        if pruned_before:
-            self._dead_from_zeros()
+        if not pruned_before:
+            self._dead = {}  # zeros that nobody pruned may come to life
 
     @property
     def report(self) -> KernelReport:
         """Zero kernels per layer, counted now."""
         return report_banks(self.model, self.banks, self._kept)
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `step()` by itself after every step of an optimizer, also if a GradScaler steps it."""
-        self.detach()
-        self._handle = optimizer.register_step_post_hook(lambda *args: self.step())
-
-    def detach(self) -> None:
-        """Undo `attach`."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def follow(self, model: nn.Module) -> None:
-        """Keep the same kernels of a copy of the model at zero: an EMA of the weights forgets slowly, never fully."""
-        missing = {bank.name for bank in self.banks} - {name for name, _ in model.named_modules()}
-        if missing:
-            raise LeanError(f'The model to follow has no {sorted(missing)[0]!r}; give a copy of the pruned model, not '
-                            'a wrapper around it.')
-        self._followers.append(model)
 
     def set_progress(self, progress: float) -> bool:
         """Renew the masks if the schedule asks for it at this progress; returns whether it did."""
@@ -195,19 +172,6 @@ class KernelPruner:
         self.step()
         return self.report
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Zero the dead kernels again; to be called after every optimizer step (and update of an EMA)."""
-        for model in (None, *self._followers):
-            for bank in self.banks:
-                if bank.name in self._dead:
-                    weight = (bank.module if model is None else model.get_submodule(bank.name)).weight
-                    assert isinstance(weight, torch.Tensor)
-                    dead = self._dead[bank.name]
-                    if dead.device != weight.device:
-                        dead = self._dead[bank.name] = dead.to(weight.device)
-                    weight.masked_fill_(dead[:, :, None, None], 0)
-
     def state_dict(self) -> dict[str, Any]:
         """Plain data to resume by. The masks are not in it: they are the zeros in the model's weights."""
         return {'updates': self.updates, 'pruned': bool(self._dead)}
@@ -219,9 +183,6 @@ class KernelPruner:
             self._dead_from_zeros()
             self._record()
             self.step()
-
-    def _dead_from_zeros(self) -> None:
-        self._dead = {bank.name: ~live_kernels(bank.weight) for bank in self.banks}
 
     def _record(self) -> None:
         for model in (self.model, *self._followers):
@@ -248,10 +209,9 @@ class KernelPruner:
     def _lowest_of_all(self, scores: dict[str, torch.Tensor], value: float) -> dict[str, torch.Tensor]:
         flat = []
         for bank in self.banks:
-            n = bank.weight.shape[2]
-            degree = {'det': n, 'det_gram': 2 * n}.get(self.criterion, 1) if n > 1 else 1
             values = scores[bank.name].flatten().cpu()
-            flat.append(values.clamp(min=0) ** (1 / degree) - (values < 0).double())
+            root = 1 / degree(self.criterion, bank.weight.shape[2])
+            flat.append(values.clamp(min=0) ** root - (values < 0).double())
         ranked = torch.cat(flat)[None]
         parts = _lowest(ranked, int(value * ranked.shape[1] + 1e-9))[0].split([len(f) for f in flat])
         return {bank.name: part.view(scores[bank.name].shape).to(scores[bank.name].device)

@@ -1,17 +1,20 @@
 """What a pruning run did, layer by layer: a table and a picture."""
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 
-from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank
 from timm_lean.layers.lean_report import LeanReport
+from timm_lean.measure.pictures import REFERENCE, layer_figure
 from timm_lean.measure.report import count_params
 
-__all__ = ['KernelReport', 'LayerReport', 'live_kernels', 'plot_report', 'report_banks']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['KernelReport', 'LayerReport', 'live_kernels', 'report_banks']
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ class KernelReport(LeanReport):
                      f'{dead} of {filters}')
         return lines
 
+    def figure(self) -> 'Figure':
+        """The pruned share of every layer, as a picture."""
+        figure, axes = layer_figure([layer.name for layer in self.layers])
+        places = range(len(self.layers))
+        axes.bar(places, [100 * layer.pruned / layer.kernels for layer in self.layers], label='kernels')
+        axes.plot(places, [100 * layer.dead_filters / layer.shape[0] for layer in self.layers], 'k.',
+                  label='whole filters')
+        axes.axhline(100 * self.share, color=REFERENCE, linestyle='--', label='kernels, all layers')
+        axes.set_ylabel('pruned, %')
+        axes.set_ylim(0, 100)
+        axes.legend()
+        return figure
+
 
 def report_banks(model: nn.Module, banks: Sequence[FilterBank], kept: dict[str, int] | None = None) -> KernelReport:
     """Count the kernels that are zero now.
@@ -96,30 +112,3 @@ def report_banks(model: nn.Module, banks: Sequence[FilterBank], kept: dict[str, 
 def live_kernels(weight: torch.Tensor) -> torch.Tensor:
     """`[N, C / groups]`, True where a kernel has an entry that is not zero."""
     return (weight.detach() != 0).flatten(2).any(2)
-
-
-def plot_report(report: KernelReport, path: str | Path) -> None:
-    """Draw the pruned share of every layer to an image file (`.png`, `.svg`, `.pdf`).
-
-    Raises:
-        LeanError: The file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    layers = report.layers
-    figure = Figure(figsize=(max(6.0, 0.22 * len(layers) + 2), 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    places = range(len(layers))
-    axes.bar(places, [100 * layer.pruned / layer.kernels for layer in layers], label='kernels')
-    axes.plot(places, [100 * layer.dead_filters / layer.shape[0] for layer in layers], 'k.', label='whole filters')
-    axes.axhline(100 * report.share, color='0.5', linestyle='--', label='kernels, all layers')
-    axes.set_xticks(list(places), [layer.name for layer in layers], rotation=90, fontsize=7)
-    axes.set_ylabel('pruned, %')
-    axes.set_ylim(0, 100)
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as e:
-        raise LeanError(f'The plot cannot be written to {str(path)!r}: {e}') from e

@@ -29,7 +29,9 @@ import torch
 
 from timm_lean.errors import LeanError
 
-__all__ = ['ALL_CRITERIA', 'CRITERIA', 'all_scores', 'below', 'check_criterion', 'kernel_scores', 'threshold_for']
+__all__ = [
+    'ALL_CRITERIA', 'CRITERIA', 'all_scores', 'below', 'check_criterion', 'degree', 'kernel_scores',
+    'threshold_for']
 
 CRITERIA = (
     'det', 'det_gram', 'min_eig', 'min_eig_real', 'spectral_radius', 'spectral_radius_real', 'spectral_norm', 'weight')
@@ -95,7 +97,12 @@ def threshold_for(criterion: str, threshold: float, n: int) -> float:
     check_criterion(criterion)
     if not threshold >= 0:
         raise LeanError(f'A pruning threshold must be at least 0, got {threshold!r}.')
-    return threshold ** (1 if n == 1 else {'det': n, 'det_gram': 2 * n}.get(criterion, 1))
+    return threshold ** degree(criterion, n)
+
+
+def degree(criterion: str, n: int) -> int:
+    """The degree of an `n x n` kernel's score in its weights: a kernel times 2 scores `2^degree` times as much."""
+    return 1 if n == 1 else {'det': n, 'det_gram': 2 * n}.get(criterion, 1)
 
 
 def below(scores: torch.Tensor, criterion: str, threshold: float, n: int) -> torch.Tensor:
@@ -170,9 +177,8 @@ def _method(height: int, width: int, dtype: torch.dtype) -> Callable[[torch.Tens
             scores = closed(k, criteria)  # sixth powers of float32 are within the range of float64
         else:
             scale = mean.clamp(min=torch.finfo(torch.float64).tiny)
-            powers = {'det': height, 'det_gram': 2 * height}
             scores = closed([plane / scale for plane in k], criteria)
-            scores = {c: _scaled(v, scale, powers.get(c, 1)) for c, v in scores.items()}
+            scores = {c: _scaled(v, scale, degree(c, height)) for c, v in scores.items()}
         return {c: mean if c == 'weight' else scores[c] for c in criteria}
     return planes
 

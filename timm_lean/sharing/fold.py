@@ -12,10 +12,10 @@ from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
-from timm_lean.layers.shared_basis import SharedBasisConv2d, bn_scale_shift
+from timm_lean.layers.shared_basis import SharedBasisConv2d, bn_scale_shift, is_plain_batchnorm
 from timm_lean.measure.report import count_params
 
-__all__ = ['FoldReport', 'fold', 'to_dense']
+__all__ = ['FoldReport', 'fold']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,37 +87,17 @@ def _fold(model: nn.Module, layers: Sequence[str]) -> tuple[nn.Module, FoldRepor
             full_name = f'{prefix}.{name}' if prefix else name
             if full_name not in layers:
                 continue
-            if not _is_linear(layer):
+            conv = layer.fuse()
+            if not isinstance(conv, nn.Conv2d):
                 left.append(full_name)
                 continue
-            conv = to_dense(layer)
             setattr(parent, name, conv)
             folded += 1
             batchnorms += _absorb_batchnorm(parent, conv, followers.get(name))
     if not folded:
-        raise LeanError('fold() found no shared convolution to fold in this model.')
+        raise LeanError('fold() found no shared convolution to fold in this model. Share first: share(), then fold().')
     return new, FoldReport(params=(count_params(model), count_params(new)), folded=folded, batchnorms=batchnorms,
                            left=tuple(left))
-
-
-def _is_linear(layer: SharedBasisConv2d) -> bool:
-    return isinstance(layer.bn, nn.Identity) or _is_plain_bn(layer.bn)
-
-
-def _is_plain_bn(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.track_running_stats
-
-
-def to_dense(layer: SharedBasisConv2d) -> nn.Conv2d:
-    """One shared convolution in eval mode as a dense one with bias."""
-    weight, bias, groups = layer.dense_weight_bias()
-    conv = nn.Conv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
-        bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    conv.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        conv.bias = nn.Parameter(bias)
-    return conv.eval()
 
 
 class _ChildTracer(torch.fx.Tracer):
@@ -150,7 +130,7 @@ def _absorb_batchnorm(parent: nn.Module, conv: nn.Conv2d, follower: str | None) 
     module = parent.get_submodule(follower)
     if isinstance(module, nn.Sequential) and len(module):
         owner, name, module = module, '0', module[0]
-    if _is_plain_bn(module):
+    if is_plain_batchnorm(module):
         rest: nn.Module = nn.Identity()
     elif isinstance(module, BatchNormAct2d) and module.track_running_stats and isinstance(module.drop, nn.Identity):
         rest = module.act

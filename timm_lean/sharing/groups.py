@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.patterns import Patterns, match_names
 
@@ -66,6 +67,10 @@ def find_groups(
         if len(names) < 2:
             continue
         rows = torch.stack([convs[n].weight.detach().double().flatten(1) for n in names])
+        if has_step(model, 'prune_kernels') and not all((convs[n].weight != 0).flatten(2).any(2).all() for n in names):
+            raise LeanError(f'The kernels of {names[0]} and its group have been pruned, and a shared basis would fill '
+                            'them in. Share first and prune the shared network: share(), then prune_kernels(). Or '
+                            f'leave the pruned layers alone: exclude={names[0]!r}.')
         if not rows.isfinite().all():
             raise LeanError(f'The weights of {names[0]} and its group hold values that are not finite.')
         _, singular, basis = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
