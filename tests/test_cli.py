@@ -88,8 +88,8 @@ def test_export_folds_and_writes_a_directory_timm_loads(capsys, checkpoint, tmp_
 
 def test_analyze_compares_feature_similarity(capsys, checkpoint, tmp_path):
     code, out, _ = run(
-        capsys, 'analyze', checkpoint, '--similarity', '--vs', 'resnet32_cifar', '--batches', '1', '--device', 'cpu',
-        '-o', tmp_path / 's.png')
+        capsys, 'analyze', checkpoint, '--similarity', '--vs', 'resnet32_cifar', '--random-weights', '--batches', '1',
+        '--device', 'cpu', '-o', tmp_path / 's.png')
     assert code == 0 and out.splitlines()[0].split() == ['layer', 'before', 'after', 'change']
     values = [line.split() for line in out.splitlines()[1:]]
     assert values[-1][0] == 'mean' and all(0 <= float(v) <= 1 for row in values for v in row[1:3])
@@ -149,14 +149,13 @@ SMALL = ['--model', 'resnet20_cifar', '--epochs', '1', '--batch-size', '4', '--d
     (['train', *SMALL, '--num-classes', '3'], ['num_classes=3', '10 classes']),
     (['train'], ['No model given']),
     (['train', '--nonsense'], ['--nonsense']),
-    (['info', 'resnet20_cifar', '--img-size', '0'], ['--img-size', '0']),
+    (['info', 'resnet20_cifar', '--img-size', '0'], ['img_size', '0']),
     (['info', 'missing.safetensors'], ['missing.safetensors', 'not a file']),
     (['models', 'zzz'], ["'zzz'"]),
-    (['predict', 'resnet20_cifar', '/nonexistent.png'], ['/nonexistent.png']),
+    (['predict', 'resnet20_cifar', '--random-weights', '/nonexistent.png'], ['/nonexistent.png']),
     (['export', 'resnet20_cifar'], ['--hf-dir', '-o']),
     (['export', 'resnet20_cifar', '-o', 'x.pth'], ['x.pth', '.safetensors']),
-    (['export', 'resnet20_cifar', '--fold', '-o', 'x.safetensors'], ['no shared convolution']),
-    (['validate', 'resnet20_cifar', '--data-dir', '/nonexistent/data'], ['/nonexistent/data']),
+    (['validate', 'resnet20_cifar', '--random-weights', '--data-dir', '/nonexistent/data'], ['/nonexistent/data']),
 ], ids=lambda v: ' '.join(v)[:60])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,4 @@
 """The bound, the count of convolutions, the bounded members of families, the command, the sweep."""
-import argparse
 import json
 import math
 from pathlib import Path
@@ -43,7 +42,7 @@ from timm_lean.training.depth_sweep import (
     run_sweep,
     summarize,
 )
-from timm_lean_cli.depth import depth_command
+from timm_lean_cli import main
 
 # --- bound ------------------------------------------------------------------------------------------------------------
 
@@ -325,23 +324,24 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / 'data'
 
 
-def arguments(**kwargs) -> argparse.Namespace:
-    defaults = dict(
-        data='', data_dir=None, images_dir=None, mode='pooled', bins=256, samples=None, seed=0, on_error='raise',
-        workers=0,
-        rule='bits_per_stage', family='resnet', baseline=None, budget='20k', num_classes=None, img_size=None,
-        batch_size=4, device='cpu', no_step_time=True, json=True, write_config=None, verify=False, depths=None, seeds=1,
-        epochs=1, lr=0.05, hflip=None, train_images=None, output=None)
-    return argparse.Namespace(**{**defaults, **kwargs})
+def depth(**kwargs) -> int:
+    """Run `timm-lean depth` with flags by name, over settings that make it quick."""
+    flags = {'budget': '20k', 'batch_size': 4, 'device': 'cpu', 'workers': 0, 'no_step_time': True, **kwargs}
+    arguments = []
+    for name, value in flags.items():
+        if value is not False:
+            arguments += [f'--{name.replace("_", "-")}', *([] if value is True else map(
+                str, value if isinstance(value, list) else [value]))]
+    return main(['depth', *arguments])
 
 
 def run(capsys, **kwargs) -> dict:
-    depth_command(arguments(**kwargs))
+    assert depth(json=True, **kwargs) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_command(data, capsys):
-    result = run(capsys, data_dir=str(data))
+    result = run(capsys, data_dir=data)
     assert result['entropy']['count'] == 12, 'the training images alone'
     assert (result['img_size'], result['num_classes'], result['channels']) == (16, 2, 3)
     assert result['bound'] == depth_bound(result['entropy']['bits'], 16)
@@ -354,7 +354,7 @@ def test_command(data, capsys):
 
 
 def test_command_in_words(data, capsys):
-    depth_command(arguments(data_dir=str(data), json=False, no_step_time=False, baseline='resnet20_cifar', img_size=16))
+    assert depth(data_dir=data, no_step_time=False, baseline='resnet20_cifar', img_size=16) == 0
     out = capsys.readouterr().out
     assert 'bits' in out
     assert 'bound by the rule bits_per_stage at 16 px: 16 convolution layers' in out
@@ -363,10 +363,10 @@ def test_command_in_words(data, capsys):
     assert ' ms (' in out
 
 
-def test_command_writes_a_recipe_that_trains(data, capsys, tmp_path):
+def test_command_writes_a_config_that_trains(data, capsys, tmp_path):
     from timm_lean.training import train
-    file = tmp_path / 'recipe.yaml'
-    result = run(capsys, data_dir=str(data), write_config=str(file), family='mobilenetv2')
+    file = tmp_path / 'config.yaml'
+    result = run(capsys, data_dir=data, write_config=file, family='mobilenetv2')
     config = TrainConfig.from_args({
         **load_yaml(str(file)), 'epochs': 1, 'batch_size': 4, 'workers': 0, 'device': 'cpu',
         'output': str(tmp_path / 'run')})
@@ -383,8 +383,8 @@ def test_command_on_digits_and_gray_images(capsys):
 
 
 def test_command_verifies(capsys, tmp_path):
-    result = run(capsys, data='digits', img_size=8, verify=True, depths=[3, 5], train_images=128, budget='4k',
-                 batch_size=32, output=str(tmp_path / 'sweep'))
+    result = run(capsys, data='digits', img_size=8, verify=True, depths=[3, 5], seeds=1, epochs=1,
+                 train_images=128, budget='4k', batch_size=32, output=tmp_path / 'sweep')
     assert [r['depth'] for r in result['verify']['rows']] == [3, 5]
     assert (tmp_path / 'sweep' / 'sweep.png').exists()
 
@@ -392,18 +392,20 @@ def test_command_verifies(capsys, tmp_path):
 @pytest.mark.parametrize('kwargs, words', [
     (dict(data_dir='nowhere'), 'does not exist'), (dict(data='digits', rule='magic'), 'magic'),
     (dict(data='digits', family='vgg'), 'vgg'), (dict(data='digits', baseline='resnet5000'), 'resnet5000'),
-    (dict(data='digits', img_size=0), 'img-size'), (dict(data='digits', budget='1'), 'nearest'),
-    (dict(data_dir='.', write_config='x.yaml'), 'train/'), (dict(data='folder'), 'data-dir')])
-def test_command_bad_input(kwargs, words, tmp_path, monkeypatch):
+    (dict(data='digits', img_size=0), 'img_size'), (dict(data='digits', budget='1'), 'nearest'),
+    (dict(data_dir='.', write_config='x.yaml'), 'train/'), (dict(data='folder'), 'data-dir'),
+    (dict(data='digits', verify=True, depths=[-1]), 'depths'), (dict(data='digits', verify=True, seeds=0), 'seeds'),
+    (dict(data='digits', verify=True, lr=math.nan), 'lr'), (dict(data='digits', verify=True, depths=[1]), 'nearest')])
+def test_command_bad_input(kwargs, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LeanError, match=words):
-        depth_command(arguments(**kwargs))
+    assert depth(**kwargs) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_measures_the_digits(capsys):
     from sklearn.datasets import load_digits
-
-    from timm_lean_cli.arguments import main
     assert main(['depth', '--no-step-time', '--budget', '20k', '--workers', '0', '--json']) == 0
     report = json.loads(capsys.readouterr().out)
     assert 0 < report['entropy']['count'] < len(load_digits().images)
@@ -415,7 +417,6 @@ def test_the_command_line_measures_the_digits(capsys):
 
 
 def test_written_config_of_gray_images_trains(tmp_path: Path):
-    from timm_lean_cli.arguments import main
     file = tmp_path / 'd.yaml'
     assert main(['depth', '--data', 'digits', '--budget', '4k', '--no-step-time', '--write-config', str(file)]) == 0
     assert main(['train', '--config', str(file), '--epochs', '1', '--output', str(tmp_path / 'run'),

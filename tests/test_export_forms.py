@@ -15,7 +15,6 @@ from timm_lean import LeanError, fold, load_model, save_model, share
 from timm_lean.export import auto, forms
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import KernelPruner, kernel_report, prune_kernels
-from timm_lean_cli import export as export_command
 
 
 def small(**kwargs):
@@ -211,7 +210,6 @@ def test_without_the_extra_the_error_names_it(capsys, checkpoint, monkeypatch, t
     monkeypatch.setattr(forms.importlib.util, 'find_spec', lambda name: None)
     code, _, err = run(capsys, 'export', checkpoint, '--onnx', tmp_path / 'a.onnx')
     assert code == 2 and "timm-lean[onnx]" in err and err.count('\n') == 1
-    assert export_command.check_onnx_installed is forms.check_onnx_installed
 
 
 @pytest.mark.parametrize('args', [['--help'], ['export', '--help'], ['export'], ['nonsense']])

@@ -1,5 +1,4 @@
 """Kernel pruning: the right kernels go, they stay gone, and the model remains an ordinary model."""
-import argparse
 import copy
 import csv
 import json
@@ -28,7 +27,7 @@ from timm_lean.pruning import (
     prune_kernels,
 )
 from timm_lean.pruning.analysis import THRESHOLDS, analyze_criteria
-from timm_lean_cli.prune import analyze_command, prune_command
+from timm_lean_cli import main
 
 
 def thin(**kwargs) -> nn.Module:
@@ -536,47 +535,78 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
-def command(model, output, **options) -> None:
-    prune_command(argparse.Namespace(model=str(model), output=str(output), **options))
+def command(capsys, model, output, **options) -> str:
+    """Run `timm-lean prune` with flags by name; its output, or its error of one line."""
+    arguments = ['prune', str(model), '-o', str(output)]
+    for name, value in options.items():
+        arguments += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert (code, err.count('\n')) == ((2, 1) if err else (0, 0))
+    return err or out
 
 
 def test_command_prunes_kernels(checkpoint, tmp_path, capsys):
     out = tmp_path / 'p.safetensors'
-    command(checkpoint, out, criterion='spectral_norm', amount=0.8, plot=str(tmp_path / 'p.png'))
+    text = command(capsys, checkpoint, out, criterion='spectral_norm', amount=0.8, plot=tmp_path / 'p.png')
     assert share(load_model(out)) == pytest.approx(0.8, abs=0.01)
-    text = capsys.readouterr().out
     assert 'layer1.0.conv1' in text and 'non-zero' in text and 'live kernels' in text
     assert (tmp_path / 'p.png').stat().st_size > 1000
-    with pytest.raises(LeanError, match='--again'):
-        command(out, tmp_path / 'q.safetensors', amount=0.9)
-    command(out, tmp_path / 'q.safetensors', amount=0.9, again=True)
+    assert '--again' in command(capsys, out, tmp_path / 'q.safetensors', amount=0.9)
+    command(capsys, out, tmp_path / 'q.safetensors', amount=0.9, again=True)
     assert share(load_model(tmp_path / 'q.safetensors')) == pytest.approx(0.9, abs=0.01)
 
 
+def test_command_prunes_the_layers_that_are_meant(checkpoint, tmp_path, capsys):
+    out = tmp_path / 'p.safetensors'
+    command(capsys, checkpoint, out, amount=0.5, include='layer1.*', exclude='layer1.0.*')
+    assert {name.rpartition('.')[0] for name, mask in dead(load_model(out)).items() if mask.any()} == {
+        'layer1.1', 'layer1.2'}
+
+
 def test_command_compacts_and_prunes_channels(checkpoint, tmp_path, capsys):
-    command(checkpoint, tmp_path / 'c.safetensors', amount=0.9, compact=True)
-    assert 'channels removed' in capsys.readouterr().out
+    assert 'channels removed' in command(
+        capsys, checkpoint, tmp_path / 'c.safetensors', amount=0.9, compact=True)
     out = tmp_path / 'd.safetensors'
-    command(checkpoint, out, granularity='channel', ratio=0.5, ignore='layer3.*')
+    result = json.loads(command(
+        capsys, checkpoint, out, granularity='channel', ratio=0.5, exclude='layer3.*', json=True))
     small = load_model(out)
     assert small.layer1[0].conv1.out_channels == 8 and small.layer3[0].conv1.out_channels == 64
-    with pytest.raises(LeanError, match='--again'):
-        command(out, tmp_path / 'e.safetensors', granularity='channel')
+    assert result['pruned']['params'] == sum(p.numel() for p in small.parameters()) == result['report']['params'][1]
+    assert result['pruned']['bytes'] == out.stat().st_size and result['before']['params'] == 269_722
+    assert '--again' in command(capsys, out, tmp_path / 'e.safetensors', granularity='channel')
 
 
 @pytest.mark.parametrize('options, words', [
     (dict(amount=0.5, output='x.pt'), 'must end in .safetensors'), (dict(), 'exactly one'),
     (dict(criterion='eigen', amount=0.5), 'Unknown pruning criterion'),
+    (dict(amount=0.5, min_keep=7), 'min_keep'), (dict(amount='nan'), 'amount'),
+    (dict(amount=0.5, data='digits', finetune_epochs=1, batch_size=0), 'batch_size'),
+    (dict(amount=0.5, data='digits', finetune_epochs=1, train_images=1), 'at least 2 training images'),
+    (dict(amount=0.5, data='digits', finetune_epochs=1, opt='sgdx', weight_decay=-1), 'weight_decay'),
     (dict(granularity='channel', amount=0.5), '--amount belongs to --granularity kernel'),
     (dict(ratio=0.5), '--ratio belongs to --granularity channel')])
-def test_command_refuses(checkpoint, tmp_path, options, words):
-    with pytest.raises(LeanError, match=words):
-        command(checkpoint, **{'output': tmp_path / 'o.safetensors', **options})
+def test_command_refuses(checkpoint, tmp_path, capsys, options, words):
+    output = tmp_path / options.pop('output', 'o.safetensors')
+    assert words in command(capsys, checkpoint, output, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_takes_fewer_images_than_a_batch(checkpoint, tmp_path, capsys):
+    text = command(capsys, checkpoint, tmp_path / 'p.safetensors', amount=0.5, data='digits', train_images=20,
+                   finetune_epochs=1, img_size=8, workers=0, device='cpu')
+    assert 'fine-tuned' in text and share(load_model(tmp_path / 'p.safetensors')) == pytest.approx(0.5, abs=0.01)
 
 
 def test_command_analyzes(checkpoint, tmp_path, capsys):
-    analyze_command(argparse.Namespace(model=checkpoint, threshold=1e-2, output=str(tmp_path / 'a')))
+    arguments = ['analyze', checkpoint, '--criteria', '--threshold', '0.01', '--exclude', 'layer1.*']
+    assert main([*arguments, '-o', str(tmp_path / 'a')]) == 0
     assert 'complex eigenvalues' in capsys.readouterr().out
     assert {p.name for p in (tmp_path / 'a').iterdir()} == {'curves.csv', 'layers.csv', 'overlap.csv', 'criteria.png'}
     with open(tmp_path / 'a' / 'layers.csv') as f:
         assert next(csv.DictReader(f))['layer'] == 'conv1'
+    assert main([*arguments, '-o', str(tmp_path / 'b'), '--json']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['threshold'] == 0.01 and len(result['files']) == 4
+    assert all(not name.startswith('layer1') for name in result['layers'])
+    assert result['overlap']['weight']['weight'] == 1

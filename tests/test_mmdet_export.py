@@ -7,7 +7,7 @@ from mmdet_support import SHARED, batch, predictions_of, scenes_config
 from timm_lean.mmdet import load_detector
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
 from timm_lean.pruning import prune_kernels
-from timm_lean_cli.arguments import main
+from timm_lean_cli import main
 
 from conftest import randomize_batchnorm  # isort: skip
 

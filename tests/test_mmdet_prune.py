@@ -9,7 +9,7 @@ from timm_lean import LeanError
 from timm_lean.mmdet import load_detector
 from timm_lean.mmdet.detector import build_detector, describe, export_detector, save_detector
 from timm_lean.mmdet.prune import prune_detector
-from timm_lean_cli.arguments import main
+from timm_lean_cli import main
 
 
 @pytest.fixture(scope='module')

@@ -3,21 +3,22 @@ import json
 import sys
 
 import pytest
-from mmdet_support import DENSE, batch, predictions_of, scenes_config
+from mmdet_support import CONFIGS, SHARED, batch, predictions_of, scenes_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from timm_lean import CheckpointError
 from timm_lean.mmdet import export_detector, load_detector
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
-from timm_lean.mmdet.settings import parse_config
+from timm_lean.mmdet.settings import open_config, parse_config
+from timm_lean.mmdet.trust import check_config
 from timm_lean.mmdet.weights import DETECTOR_KEY
 
 
 @pytest.fixture(scope='module')
 def detector(tmp_path_factory):
-    """A tiny detector's file."""
-    cfg = scenes_config(tmp_path_factory.mktemp('security'), DENSE)
+    """A tiny detector's file, with this package's hooks in its config."""
+    cfg = scenes_config(tmp_path_factory.mktemp('security'), SHARED)
     model = build_detector(cfg)
     path = tmp_path_factory.mktemp('file') / 'det.safetensors'
     save_detector(model, path, describe(cfg, model, {'classes': [str(i) for i in range(10)]}))
@@ -184,6 +185,15 @@ def test_classes_by_their_path(detector, tmp_path):
         cfg.model.neck.type = 'mmdet.FPN'
         cfg.optim_wrapper.optimizer.type = 'torch.optim.adamw.AdamW'
     assert type(load_detector(rewritten(detector, tmp_path / 'x.safetensors', change)).neck).__name__ == 'FPN'
+
+
+@pytest.mark.parametrize(
+    'path', sorted(p for p in CONFIGS.rglob('*.py') if '_base_' not in p.parts), ids=lambda p: p.stem)
+def test_configs_of_this_project_pass(path):
+    cfg = open_config(path)
+    for key in ('checkpoint', 'share'):  # which a file's config never has
+        cfg.model.backbone.pop(key, None)
+    check_config(cfg, 'x')
 
 
 DAMAGE = {

@@ -7,10 +7,11 @@ import torch
 
 from timm_lean import LeanError, load_model
 from timm_lean.pruning.report import live_kernels
-from timm_lean.training import TrainConfig, train
-from timm_lean_cli.arguments import main
+from timm_lean.training import PruneConfig, TrainConfig, train
+from timm_lean_cli import main
 
 TINY = dict(model='resnet20_cifar', img_size=8, train_images=256, batch_size=128, workers=0, lr=0.02, device='cpu')
+CUBIC = dict(criterion='spectral_norm', amount=0.7, schedule='cubic', epochs='1:3')
 
 
 def dead(path) -> dict[str, torch.Tensor]:
@@ -32,8 +33,7 @@ def rows(folder) -> list[dict[str, float]]:
 def gradual(tmp_path_factory):
     """Three epochs, cubic to 0.7 from the second on, with momentum, weight decay and an EMA."""
     folder = tmp_path_factory.mktemp('gradual')
-    train(TrainConfig(**TINY, epochs=3, ema=True, ema_decay=0.9, prune='spectral_norm', prune_amount=0.7,
-                      prune_schedule='cubic', prune_epochs='1:3', output=str(folder / 'run')))
+    train(TrainConfig(**TINY, epochs=3, ema=True, ema_decay=0.9, prune=CUBIC, output=str(folder / 'run')))
     return folder
 
 
@@ -46,8 +46,7 @@ def test_the_schedule_is_met_and_the_best_network_is_a_pruned_one(gradual):
 
 
 def test_resuming_ends_at_the_same_weights(gradual, tmp_path):
-    settings = dict(**TINY, ema=True, ema_decay=0.9, prune='spectral_norm', prune_amount=0.7, prune_schedule='cubic',
-                    prune_epochs='1:3', output=str(tmp_path / 'run'))
+    settings = dict(**TINY, ema=True, ema_decay=0.9, prune=CUBIC, output=str(tmp_path / 'run'))
     from timm_lean.training.engine import Trainer
     trainer = Trainer(TrainConfig(**settings, epochs=3), torch.device('cpu'))
     trainer.config.epochs = 2  # as if killed after the second epoch
@@ -68,33 +67,39 @@ def test_fine_tuning_revives_nothing(gradual, tmp_path):
 
 def test_schedule_by_steps(tmp_path):
     # 256 images in batches of 128 are 2 updates an epoch: the mask comes at update 3, in the second epoch
-    train(TrainConfig(**TINY, epochs=2, prune='weight', prune_amount=0.5, prune_steps='3', output=str(tmp_path / 'r')))
+    train(TrainConfig(**TINY, epochs=2, prune=PruneConfig('weight', amount=0.5, steps='3'), output=str(tmp_path / 'r')))
     assert [row['pruned'] for row in rows(tmp_path / 'r')] == pytest.approx([0, 50], abs=0.1)
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(prune_amount=0.5), 'needs a criterion'),
-    (dict(prune='eigen', prune_amount=0.5), 'Unknown pruning criterion'),
-    (dict(prune='weight'), 'exactly one of'),
-    (dict(prune='weight', prune_amount=1.0), 'at least 0 and below 1'),
-    (dict(prune='weight', prune_amount=0.5, prune_epochs='a:b'), '10:30'),
-    (dict(prune='weight', prune_amount=0.5, prune_epochs='1', prune_steps='5'), 'not both'),
-    (dict(prune='weight', prune_amount=0.5, prune_epochs='7'), 'does not fit'),
-    (dict(prune='weight', prune_amount=0.5, prune_schedule='linear'), 'needs an end'),
-    (dict(prune='weight', prune_amount=0.5, prune_ignore=['nothing*']), 'nothing'),
-])
+    (dict(amount=0.5), 'needs a criterion'),
+    (dict(criterion='eigen', amount=0.5), 'Unknown pruning criterion'),
+    (dict(criterion='weight'), 'exactly one of'),
+    (dict(criterion='weight', amount=1.0), 'amount of prune must be a number of at least 0 and below 1, got 1.0'),
+    (dict(criterion='weight', amount=0.5, epochs='a:b'), '10:30'),
+    (dict(criterion='weight', amount=0.5, epochs='nan'), '10:30'),
+    (dict(criterion='weight', amount=0.5, epochs='1', steps='5'), 'not both'),
+    (dict(criterion='weight', amount=0.5, epochs='7'), 'does not fit'),
+    (dict(criterion='weight', amount=0.5, epochs=7), 'does not fit'),
+    (dict(criterion='weight', amount=0.5, schedule='linear'), 'needs an end'),
+    (dict(criterion='weight', amount=0.5, exclude=['nothing*']), 'nothing'),
+    (dict(criterion='weight', amount=0.5, include='nothing*'), 'nothing'),
+    (dict(criterion='weight', share=0.5), "Unknown setting 'share' of prune"),
+    ('weight', 'prune must be a mapping of settings'),
+], ids=str)
 def test_bad_settings(settings, words, tmp_path):
     with pytest.raises(LeanError, match=words):
-        train(TrainConfig(**TINY, epochs=2, output=str(tmp_path / 'run'), **settings))
+        train(TrainConfig(**TINY, epochs=2, output=str(tmp_path / 'run'), prune=settings))
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_pruned_model_is_pruned_further_only_on_request(gradual, tmp_path):
-    settings = {**TINY, 'model': str(gradual / 'run' / 'last.safetensors'), 'epochs': 1, 'prune': 'weight',
-                'prune_amount': 0.8, 'output': str(tmp_path / 'run')}
+    settings = {**TINY, 'model': str(gradual / 'run' / 'last.safetensors'), 'epochs': 1,
+                'output': str(tmp_path / 'run')}
+    prune = dict(criterion='weight', amount=0.8)
     with pytest.raises(LeanError, match='--prune-again'):
-        train(TrainConfig(**settings))
-    train(TrainConfig(**settings, prune_again=True))
+        train(TrainConfig(**settings, prune=prune))
+    train(TrainConfig(**settings, prune=PruneConfig(**prune, again=True)))
     assert share(tmp_path / 'run' / 'last.safetensors') == pytest.approx(0.8, abs=1e-3)
 
 
@@ -110,13 +115,6 @@ def test_the_command_prunes_and_fine_tunes(gradual, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
     assert main(['prune', str(out), '--amount', '0.7', '-o', str(tmp_path / 'x.safetensors')]) == 2
     assert '--again' in capsys.readouterr().err and not (tmp_path / 'x.safetensors').exists()
-
-
-def test_the_command_analyzes(gradual, tmp_path, capsys):
-    assert main(['analyze', 'resnet20_cifar', '--criteria', '--threshold', '0.01', '-o', str(tmp_path / 'a')]) == 0
-    assert 'complex eigenvalues' in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / 'a').iterdir()} == {'curves.csv', 'layers.csv', 'overlap.csv', 'criteria.png'}
-    assert main(['analyze', 'resnet20_cifar']) == 2
 
 
 def test_the_recipe_is_recorded_once(gradual):

@@ -15,7 +15,7 @@ from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer
-from timm_lean_cli.arguments import main
+from timm_lean_cli import main
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -295,7 +295,9 @@ def test_command(small_file, tmp_path, capsys):
                  '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu']) == 0
     text = capsys.readouterr().out
     assert 'energy kept' in text and 'relative error of the output' in text and str(out) in text
-    numbers = {line.split()[1]: float(line.split()[2]) for line in text.splitlines() if line.startswith('top-1')}
+    titles, = (line.split() for line in text.splitlines() if line.split()[:1] == ['before'])
+    top1, = (line.split()[1::2] for line in text.splitlines() if line.startswith('top-1'))
+    numbers = dict(zip(titles, map(float, top1), strict=True))
     assert set(numbers) == {'before', 'converted', 'fine-tuned'} and all(0 <= n <= 100 for n in numbers.values())
     model = load_model(out)
     assert any(isinstance(m, SharedBasisConv2d) and isinstance(m.bn, nn.BatchNorm2d) for m in model.modules())
@@ -307,7 +309,9 @@ def test_command(small_file, tmp_path, capsys):
     (['--params', '0.001'], 'out of reach'),
     (['--shared-rank', '4', '--bn'], '--bn needs training images'),
     (['--shared-rank', '4', '--finetune-epochs', '2'], '--finetune-epochs needs data'),
-    (['--shared-rank', '4', '--distill'], '--distill is a way of fine-tuning'),
+    (['--shared-rank', '4', '--distill'], '--distill is for fine-tuning'),
+    (['--shared-rank', '4', '--finetune-lr', '0.1'], '--finetune-lr is for fine-tuning'),
+    (['--shared-rank', '4', '--data', 'digits', '--finetune-epochs', '1', '--finetune-lr', 'nan'], 'lr must be'),
     (['--shared-rank', '4', '--include', 'nope*'], 'matches no convolution'),
 ])
 def test_command_errors(small_file, tmp_path, capsys, options, message):

@@ -20,7 +20,7 @@ from timm_lean import load_model
 from timm_lean.errors import LeanError
 from timm_lean.regularizers import create_regularizer
 from timm_lean.training import TrainConfig, train
-from timm_lean.training.config import RECIPES, list_recipes, load_yaml
+from timm_lean.training.config import CONFIGS, list_configs, load_yaml
 from timm_lean.training.data import CachedLoader, create_eval_loader, open_dataset, random_crop
 from timm_lean.training.engine import Trainer
 from timm_lean.training.task import RegularizedTask
@@ -296,10 +296,10 @@ def test_regularizer_schedule_follows_the_updates(tmp_path):
     assert seen == pytest.approx([10, 5, 2.5])  # 4 updates an epoch
 
 
-@pytest.mark.parametrize('name', list_recipes())
-def test_shipped_recipes_are_valid(name):
+@pytest.mark.parametrize('name', list_configs())
+def test_shipped_configs_are_valid(name):
     config = TrainConfig.from_args({**load_yaml(name), 'data_dir': 'somewhere'})
-    assert isinstance(config.lr, float) and config.model and RECIPES.joinpath(f'{name}.yaml').read_text()[0] == '#'
+    assert isinstance(config.lr, float) and config.model and CONFIGS.joinpath(f'{name}.yaml').read_text()[0] == '#'
 
 
 def test_yaml_scientific_notation_is_a_number(tmp_path):
@@ -310,8 +310,8 @@ def test_yaml_scientific_notation_is_a_number(tmp_path):
 
 @pytest.mark.parametrize('settings, message', [
     (dict(modle='x'), "Unknown setting 'modle'"),
-    (dict(epochs=0), 'epochs must be a number of at least 1, got 0'),
-    (dict(lr='fast'), "lr must be a number, got 'fast'"),
+    (dict(epochs=0), 'epochs must be a whole number of at least 1 and at most 1,000,000, got 0'),
+    (dict(lr='fast'), "lr must be a number of at least 0, got 'fast'"),
     (dict(cache='yes'), "cache must be true or false, got 'yes'"),
     (dict(aug='flip'), 'aug must be one of'),
     (dict(cache=True, aug='rrc'), '--cache augments on the device'),
@@ -373,7 +373,7 @@ def test_conv_similarity_initialization_precedes_training_and_reaches_the_ema(tm
 def test_a_gray_model_is_trained_validated_and_asked_as_it_was_made(cache, tmp_path, capsys):
     from sklearn.datasets import load_digits
 
-    from timm_lean_cli.arguments import main
+    from timm_lean_cli import main
     train(TrainConfig(model='resnet20_cifar', model_args={'in_chans': 1}, img_size=8, epochs=1, train_images=200,
                       batch_size=50, cache=cache, workers=0, device='cpu', output=str(tmp_path / 'run')))
     checkpoint = tmp_path / 'run' / 'last.safetensors'

@@ -1,7 +1,8 @@
-"""The `timm-lean` command line.
+"""The `timm-lean` command line: a file per command, with its arguments and what it runs.
 
-It stands beside the package because importing `timm_lean` imports torch: help and usage errors answer at once.
+It stands beside the package because importing `timm_lean` imports torch, which is done when a command runs: help and
+usage errors answer at once.
 """
-from .arguments import build_parser, main
+from .app import build_parser, main
 
 __all__ = ['build_parser', 'main']

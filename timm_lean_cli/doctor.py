@@ -2,6 +2,7 @@
 
 Nothing of mmengine, mmcv or mmdet is imported by this file itself: a broken installation is what it is for.
 """
+import argparse
 import importlib.util
 import platform
 import re
@@ -11,9 +12,7 @@ from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 
-from timm_lean.version import __version__
-
-__all__ = ['diagnose', 'doctor']
+HELP = 'what is installed, what works, what is missing'
 
 _CORE = ('torch', 'torchvision', 'timm', 'safetensors', 'numpy')
 # Distributions that own the same import name; the first is the one in the extra 'mmdet'.
@@ -31,7 +30,11 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 """
 
 
-def doctor() -> int:
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; returns 0 if all that is installed works, else 1."""
     lines, status = diagnose()
     print('\n'.join(lines))
@@ -44,6 +47,7 @@ def diagnose() -> tuple[list[str], int]:
     Returns:
         Lines to print, and 0 or, if something is broken, 1. MMDetection that is not installed is not broken.
     """
+    from timm_lean.version import __version__
     versions = _versions()
     lines = [f'timm-lean {__version__}, Python {platform.python_version()}, {platform.platform()}']
     lines.append(_listed(f'{name} {versions.get(name, "not installed")}' for name in _CORE))

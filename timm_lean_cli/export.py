@@ -1,75 +1,85 @@
-"""`timm-lean export`: one checkpoint in several forms, with the size and the speed of each."""
+"""`timm-lean export`: one checkpoint in several forms, with the size and the speed of each; detectors too."""
 import argparse
+from typing import Any
 
-import torch
-from timm.models import get_model_input_config
+from .arguments import add_data, add_json, add_model, given
+from .opening import data_options, finish, is_detector, open_model, progress
 
-from timm_lean.checkpoint.files import output_file
-from timm_lean.checkpoint.format import load_any, load_model, save_hf_dir, save_model
-from timm_lean.errors import LeanError
-from timm_lean.export.auto import fold_as_asked
-from timm_lean.export.forms import check_onnx_installed, half
-from timm_lean.export.table import Form, format_forms, write_forms
-from timm_lean.measure.report import count_params, human_bytes
-from timm_lean.training.data import open_eval_loader
-from timm_lean.training.device import resolve_device
-
-__all__ = ['export_command', 'export_detector_command']
+HELP = 'write a checkpoint in another form'
 
 _CHECK_IMAGES = 8
 
 
-def export_command(args: argparse.Namespace) -> None:
-    """Write the forms that were asked for and print a table of them."""
-    _check(args)
-    device = resolve_device(args.device)
-    model = load_any(args.model).eval()
-    channels, *size = get_model_input_config(model)['input_size']
-    shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
-    forms = [Form.of_file(args.model, model, device)]
-    model, folded = fold_as_asked(model, args.fold, shape, device)
-    if folded:
-        print(folded)
-    stored = half(model) if args.half else model
-    if args.output:
-        save_model(stored, args.output)
-        forms.append(Form.of_file(args.output, load_model(args.output), device,
-                                  args.output + (', float16' if args.half else '')))
-        print(f'{args.output}: {human_bytes(forms[-1].bytes or 0)}, {count_params(model):,} parameters')
-    if args.hf_dir:
-        save_hf_dir(stored, args.hf_dir)
-        print(f"{args.hf_dir}: import timm, timm_lean; timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
-    if args.onnx or args.torch_export:
-        loader = open_eval_loader(model, args.data, args.data_dir, args.img_size, _CHECK_IMAGES, torch.device('cpu'))
-        written = write_forms(model.to('cpu'), next(iter(loader))[0], onnx=args.onnx, torch_export=args.torch_export)
-        print(*(form.note for form in written), sep='\n')
-        forms += written
-    if len(forms) > 1:
-        print(format_forms(forms, shape))
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_model(p, 'checkpoint file, timm name, local-dir:DIR, or a detector')
+    p.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
+    p.add_argument('--det-config', metavar='FILE', help='detector checkpoint: its config, if it is a .pth')
+    p.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
+                   help='fold shared bases into dense convolutions first; auto: only where faster here')
+    p.add_argument('--onnx', metavar='FILE', help='ONNX file with a dynamic batch size')
+    p.add_argument('--torch-export', metavar='FILE', help='torch.export file (.pt2) with a dynamic batch size')
+    p.add_argument('--half', action='store_true', help='store float16 tensors (-o and --hf-dir)')
+    p.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
+    p.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
+    add_data(p.add_argument_group('images to check --onnx and --torch-export with'))
+    add_json(p)
 
 
-def _check(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    if args.det_dir or args.det_config or is_detector(args.model):
+        _export_detector(args)
+    else:
+        _export_classifier(args)
+
+
+def _export_classifier(args: argparse.Namespace) -> None:
+    from timm.models import get_model_input_config
+
+    from timm_lean.checkpoint.format import load_model, save_hf_dir, save_model
+    from timm_lean.errors import LeanError
+    from timm_lean.export.auto import fold_as_asked
+    from timm_lean.export.forms import half
+    from timm_lean.export.table import Form, write_forms
+    from timm_lean.measure.report import count_params, human_bytes
+    from timm_lean.training.data import open_eval_loader
     if not (args.hf_dir or args.output or args.onnx or args.torch_export):
         raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '
                         '--det-dir DIR for a detector.')
-    _check_forms(args)
     if args.half and not (args.output or args.hf_dir):
         raise LeanError('--half is for -o FILE and --hf-dir DIR; give one of them.')
+    _check_files(args)
+    options = data_options(args)
+    model = open_model(args)
+    channels, *size = get_model_input_config(model)['input_size']
+    shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
+    images = None
+    if args.onnx or args.torch_export:  # images that cannot be had are an error before anything is written
+        loader = open_eval_loader(model, **{**options, 'batch_size': _CHECK_IMAGES, 'workers': 0, 'device': 'cpu'})
+        images = next(iter(loader))[0]
+    forms = [Form.of_file(args.model, model, options['device'])]
+    with progress(args):
+        model, folded = fold_as_asked(model, args.fold, shape, options['device'])
+        if folded:
+            print(folded)
+        stored = half(model) if args.half else model
+        if args.output:
+            save_model(stored, args.output)
+            forms.append(Form.of_file(args.output, load_model(args.output), options['device'],
+                                      args.output + (', float16' if args.half else '')))
+            print(f'{args.output}: {human_bytes(forms[-1].bytes or 0)}, {count_params(model):,} parameters')
+        if args.hf_dir:
+            save_hf_dir(stored, args.hf_dir)
+            print(f"{args.hf_dir}: import timm, timm_lean; "
+                  f"timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
+        if images is not None:
+            written = write_forms(model.to('cpu'), images, onnx=args.onnx, torch_export=args.torch_export)
+            print(*(form.note for form in written), sep='\n')
+            forms += written
+    _finish_forms(args, forms, shape)
 
 
-def _check_forms(args: argparse.Namespace) -> None:
-    for option, path, suffix in (('-o', args.output, '.safetensors'), ('--onnx', args.onnx, '.onnx'),
-                                 ('--torch-export', args.torch_export, '.pt2')):
-        if path:
-            output_file(path, suffix, option)
-    if args.onnx:
-        check_onnx_installed()
-
-
-def export_detector_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean export` on a detector."""
-    from timm_lean.mmdet.detector import export_detector
-    from timm_lean.mmdet.export import export_backbone
+def _export_detector(args: argparse.Namespace) -> None:
+    from timm_lean.errors import LeanError
     if args.output or args.hf_dir or args.half:
         raise LeanError(f'{args.model} is a detector: -o, --hf-dir and --half are for classification. Give --det-dir '
                         'DIR for the whole detector, --onnx FILE or --torch-export FILE for its backbone.')
@@ -78,12 +88,45 @@ def export_detector_command(args: argparse.Namespace) -> None:
                         '--torch-export FILE for its backbone.')
     if args.fold and not (args.onnx or args.torch_export):
         raise LeanError('--fold is for --onnx and --torch-export: detectors are stored as they are trained.')
-    _check_forms(args)
-    if args.onnx or args.torch_export:
-        size = {'img_size': args.img_size} if args.img_size else {}
-        print(export_backbone(
-            args.model, config=args.det_config, onnx=args.onnx, torch_export=args.torch_export, fold=args.fold,
-            data_dir=args.data_dir, device=resolve_device(args.device), **size))
-    if args.det_dir:
-        folder = export_detector(args.det_config, args.model, args.det_dir)
-        print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
+    _check_files(args)
+    options = data_options(args)
+    from timm_lean.mmdet.detector import export_detector
+    from timm_lean.mmdet.export import export_backbone
+    result: dict[str, Any] = {}
+    with progress(args):
+        if args.onnx or args.torch_export:
+            forms = export_backbone(
+                args.model, config=args.det_config, device=options['device'],
+                **given(args, 'onnx', 'torch_export', 'fold', 'img_size', 'data_dir'))
+            print(forms)
+            result['forms'] = _as_data(forms.forms, forms.times)
+        if args.det_dir:
+            folder = export_detector(args.det_config, args.model, args.det_dir)
+            print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
+            result['det_dir'] = str(folder)
+    if args.json:
+        finish(args, result, '')
+
+
+def _finish_forms(args: argparse.Namespace, forms: list[Any], shape: tuple[int, ...]) -> None:
+    from timm_lean.export.table import format_forms, time_forms
+    if len(forms) == 1 and not args.json:
+        return  # nothing to compare with
+    times = time_forms(forms, shape)
+    finish(args, _as_data(forms, times), format_forms(forms, times, shape))
+
+
+def _as_data(forms: list[Any], times: list[float]) -> list[dict[str, Any]]:
+    return [{'name': form.name, 'bytes': form.bytes, 'latency_ms': ms, 'device': str(form.device)}
+            for form, ms in zip(forms, times, strict=True)]
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    from timm_lean.checkpoint.files import output_file
+    from timm_lean.export.forms import check_onnx_installed
+    for option, path, suffix in (('-o', args.output, '.safetensors'), ('--onnx', args.onnx, '.onnx'),
+                                 ('--torch-export', args.torch_export, '.pt2')):
+        if path:
+            output_file(path, suffix, option)
+    if args.onnx:
+        check_onnx_installed()

@@ -1,98 +1,82 @@
-"""`timm-lean prune`: prune a checkpoint's kernels or channels, and say what it cost and saved."""
+"""`timm-lean prune`: prune a network's kernels or channels, and say what it cost and saved; detectors by channels."""
 import argparse
-import csv
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn as nn
-from timm.models import get_model_input_config
+from .arguments import add_finetuning, add_json, add_layers, add_model, given
+from .changing import change_network
+from .opening import finish, is_detector, progress
 
-from timm_lean.checkpoint.files import atomic_file, output_file, writable_dir
-from timm_lean.checkpoint.format import load_any, save_model
-from timm_lean.checkpoint.recipe import has_step
-from timm_lean.errors import LeanError
-from timm_lean.measure.pictures import save_figure
-from timm_lean.measure.report import count_macs, count_params, human_bytes, human_count
-from timm_lean.pruning.analysis import analyze_criteria
-from timm_lean.pruning.channels import prune_channels
-from timm_lean.pruning.compaction import compact
-from timm_lean.pruning.kernels import prune_kernels
-from timm_lean.pruning.report import live_kernels
-from timm_lean.pruning.spectral import check_criterion
+HELP = 'prune the kernels or channels of a network'
 
-__all__ = ['analyze_command', 'channel_options', 'prune_command']
+_KERNEL = ('threshold', 'amount', 'contrib', 'scope', 'min_keep')
+_CHANNEL = ('ratio', 'global_pruning', 'round_to')
 
 
-def prune_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean prune`.
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_model(p, 'timm name, checkpoint file, local-dir:DIR, or a detector')
+    p.add_argument('-o', '--output', required=True, metavar='FILE', help='the pruned checkpoint')
+    p.add_argument('--criterion', help='spectral_norm if not given; any other prints the list')
+    p.add_argument('--granularity', choices=['kernel', 'channel'], default='kernel')
+    p.add_argument('--again', action='store_true', help='prune a model that has been pruned before')
+    add_layers(p)
+    add_json(p)
+    kernels = p.add_argument_group('kernels (exactly one of threshold, amount and contrib)')
+    kernels.add_argument('--threshold', type=float, metavar='T', help="below the criterion's threshold, e.g. 1e-4")
+    kernels.add_argument('--amount', type=float, metavar='SHARE', help='the lowest share, e.g. 0.8')
+    kernels.add_argument('--contrib', type=float, metavar='SHARE', help="below this share of the filter's total score")
+    kernels.add_argument('--scope', choices=['global', 'layer', 'filter'], help='what --amount is a share of')
+    kernels.add_argument('--min-keep', type=float, metavar='SHARE', help='each layer keeps at least (default 0.01)')
+    kernels.add_argument('--compact', action='store_true', help='remove filters and channels that are all dead')
+    kernels.add_argument('--plot', metavar='FILE', help='picture of the pruned share per layer')
+    channels = p.add_argument_group('channels (--granularity channel)')
+    channels.add_argument('--ratio', type=float, metavar='SHARE', help='of the channels to remove (default 0.5)')
+    channels.add_argument('--global', action='store_const', const=True, dest='global_pruning',
+                          help='rank all layers together')
+    channels.add_argument('--round-to', type=int, metavar='N', help='keep multiples of N channels (default 8)')
+    add_finetuning(p)
 
-    Args:
-        args: `model`, `output`, `criterion`, `granularity`, `threshold`, `amount`, `contrib`, `scope`, `ratio`,
-            `global_pruning`, `round_to`, `min_keep`, `ignore`, `again`, `compact`, `plot`, `data`, `data_dir`,
-            `img_size`, `device`, `batch_size`, `workers`, `finetune_epochs`, `finetune_lr`; those not given may be
-            missing.
 
-    Raises:
-        LeanError: Options that contradict each other, or a model that cannot be pruned so.
-    """
-    option = vars(args).get
-    output = output_file(args.output, '.safetensors')
-    criterion = check_criterion(option('criterion') or 'spectral_norm')
-    granularity = option('granularity') or 'kernel'
-    _check_options(args, granularity)
-    model = load_any(args.model).eval()
-    x = torch.zeros(1, *get_model_input_config(model)['input_size'])
-    before = _figures(model, x, args, Path(args.model))
-    if granularity == 'kernel':
-        min_keep = option('min_keep')
-        model = prune_kernels(
-            model, criterion=criterion, threshold=option('threshold'), amount=option('amount'),
-            contrib=option('contrib'), scope=option('scope') or 'global', exclude=option('ignore'),
-            again=bool(option('again')), **({} if min_keep is None else {'min_keep': min_keep}))
-        print(model.lean_report)
-        if option('plot'):
-            save_figure(model.lean_report.figure(), args.plot)  # type: ignore[union-attr, operator]
-        if option('compact'):
-            model = compact(model, x)
-            print(model.lean_report)
-    else:
-        if has_step(model, 'resize') and not option('again'):
+def run(args: argparse.Namespace) -> None:
+    from timm_lean.checkpoint.recipe import has_step
+    from timm_lean.errors import LeanError
+    from timm_lean.measure.pictures import check_picture
+    from timm_lean.pruning.spectral import check_criterion
+    _check_granularity(args)
+    if args.criterion is not None:
+        check_criterion(args.criterion)
+    if is_detector(args.model):
+        _prune_detector(args)
+        return
+    if args.plot:
+        check_picture(args.plot)
+
+    def check(model: Any) -> None:
+        if args.granularity == 'channel' and has_step(model, 'resize') and not args.again:
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
-        model = prune_channels(model, x, criterion=criterion, **channel_options(args))
-        print(model.lean_report)
-    save_model(model, output)
-    columns = {'before': before, 'pruned': _figures(model, x, args, output)}
-    if option('finetune_epochs'):
-        from timm_lean.training.finetune import finetune
-        keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
-        finetune(output, args.finetune_epochs, option('finetune_lr') or 0.01,
-                 {k: option(k) for k in keys if option(k) is not None})
-        columns['fine-tuned'] = _figures(load_any(str(output)).eval(), x, args, output)
-    _print_figures(columns)
+
+    change_network(args, 'pruned', lambda model, x: _pruned(args, model, x), check)
 
 
-def _check_options(args: argparse.Namespace, granularity: str) -> None:
-    if vars(args).get('finetune_epochs') and not _has_data(args):
-        raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
-    belongs = {
-        'kernel': ('threshold', 'amount', 'contrib', 'scope', 'min_keep', 'compact', 'plot'),
-        'channel': ('ratio', 'global_pruning', 'round_to'),
-    }
-    for other, names in belongs.items():
-        if other != granularity:
-            wrong = [f'--{n.replace("_", "-")}' for n in names if vars(args).get(n) not in (None, False)]
-            if wrong:
-                raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {granularity}.')
+def _pruned(args: argparse.Namespace, model: Any, x: Any) -> Any:
+    from timm_lean.measure.pictures import save_figure
+    from timm_lean.pruning import compact, prune_channels, prune_kernels
+    if args.granularity == 'channel':
+        return prune_channels(model, x, **_channel_options(args))
+    new: Any = prune_kernels(
+        model, again=args.again, **given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL))
+    if args.plot:
+        save_figure(new.lean_report.figure(), args.plot)
+    if args.compact:
+        if not args.json:
+            print(new.lean_report)
+        new = compact(new, x)
+    return new
 
 
-def prune_detector_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean prune` on a detector.
-
-    Raises:
-        LeanError: Options for classification, or a detector that cannot be pruned so.
-    """
+def _prune_detector(args: argparse.Namespace) -> None:
+    from timm_lean.checkpoint.files import output_file
+    from timm_lean.errors import LeanError
     from timm_lean.mmdet.prune import prune_detector
     if args.granularity != 'channel':
         raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
@@ -101,64 +85,19 @@ def prune_detector_command(args: argparse.Namespace) -> None:
         raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
                         'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
     output = output_file(args.output, '.safetensors')
-    model: Any = prune_detector(
-        args.model, output, criterion=check_criterion(args.criterion), again=args.again, **channel_options(args))
-    print(model.lean_report)
+    with progress(args):
+        model: Any = prune_detector(args.model, output, again=args.again, **_channel_options(args))
+    finish(args, {'output': str(output), 'report': model.lean_report.to_dict()}, f'{model.lean_report}\n{output}')
 
 
-def channel_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that channel pruning takes, by the names of `prune_channels`."""
-    option = vars(args).get
-    return dict(
-        pruning_ratio=0.5 if option('ratio') is None else args.ratio, global_pruning=bool(option('global_pruning')),
-        round_to=option('round_to') or 8, exclude=option('ignore'))
+def _channel_options(args: argparse.Namespace) -> dict[str, Any]:
+    return given(args, 'criterion', 'global_pruning', 'round_to', 'include', 'exclude', pruning_ratio='ratio')
 
 
-def _figures(model: nn.Module, x: torch.Tensor, args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    figures: dict[str, Any] = {
-        'parameters': f'{count_params(model):,}',
-        'non-zero': f'{sum(int((p != 0).sum()) for p in model.parameters()):,}',
-        'live kernels': f'{sum(int(live_kernels(w).sum()) for w in kernels):,}',
-        'MACs': human_count(count_macs(model, x.shape)),
-        'file': human_bytes(path.stat().st_size) if path.is_file() else '-',
-    }
-    if _has_data(args):
-        figures['top-1'] = f'{_accuracy(model, args):.2f} %'
-    return figures
-
-
-def _has_data(args: argparse.Namespace) -> bool:
-    return bool(vars(args).get('data_dir') or vars(args).get('data'))
-
-
-def _accuracy(model: nn.Module, args: argparse.Namespace) -> float:
-    from timm_lean.training.device import resolve_device
-    from timm_lean.training.evaluate import evaluate_source
-    option = vars(args).get
-    metrics = evaluate_source(
-        args.model, model, option('data') or '', option('data_dir'), option('img_size'), option('batch_size') or 128,
-        resolve_device(option('device') or 'auto'), option('workers') or 0)
-    model.cpu()
-    return metrics['top1']
-
-
-def _print_figures(columns: dict[str, dict[str, Any]]) -> None:
-    print(f'{"":14}' + ''.join(f'{title:>16}' for title in columns))
-    for name in columns['before']:
-        print(f'{name:14}' + ''.join(f'{column[name]:>16}' for column in columns.values()))
-
-
-def analyze_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean analyze MODEL --criteria`; `args` has `model`, `threshold`, `ignore`, `output`."""
-    threshold = vars(args).get('threshold')
-    analysis = analyze_criteria(
-        load_any(args.model), threshold=1e-4 if threshold is None else threshold, exclude=vars(args).get('ignore'))
-    print(analysis)
-    folder = writable_dir(vars(args).get('output') or 'output/analysis')
-    for name, rows in analysis.tables().items():
-        with atomic_file(folder / f'{name}.csv') as temporary, open(temporary, 'w', newline='') as f:
-            csv.writer(f).writerows(rows)
-        print(folder / f'{name}.csv')
-    save_figure(analysis.figure(), folder / 'criteria.png')
-    print(folder / 'criteria.png')
+def _check_granularity(args: argparse.Namespace) -> None:
+    from timm_lean.errors import LeanError
+    other, names = ('kernel', (*_KERNEL, 'compact', 'plot')) if args.granularity == 'channel' else ('channel', _CHANNEL)
+    wrong = [f'--{name.removesuffix("_pruning").replace("_", "-")}' for name in names
+             if getattr(args, name) not in (None, False)]
+    if wrong:
+        raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {args.granularity}.')

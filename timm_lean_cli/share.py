@@ -1,72 +1,50 @@
 """`timm-lean share`: convert a network to shared bases, and say what it cost and saved."""
 import argparse
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models import get_model_input_config
+from .arguments import add_finetuning, add_json, add_layers, add_model, given
+from .changing import change_network
+from .opening import data_options
 
-from timm_lean.checkpoint.files import output_file
-from timm_lean.checkpoint.format import load_any, save_model
-from timm_lean.errors import LeanError
-from timm_lean.sharing.convert import share
-
-__all__ = ['share_command']
+HELP = 'convert a model to shared filter bases, from its own weights'
 
 _CALIBRATION_IMAGES = 1024
 
 
-def share_command(args: argparse.Namespace) -> None:
-    """Run `timm-lean share`.
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_model(p)
+    p.add_argument('-o', '--output', required=True, metavar='FILE', help='the converted checkpoint')
+    size = p.add_mutually_exclusive_group(required=True)
+    size.add_argument('--params', type=float, metavar='SHARE', help="of the original's parameters, e.g. 0.5")
+    size.add_argument('--energy', type=float, metavar='SHARE', help='of the squared norm that each basis keeps')
+    size.add_argument('--shared-rank', type=int, metavar='N', help='filters of every basis')
+    p.add_argument('--unique-rank', type=int, metavar='N', help='more filters per layer (default 0)')
+    p.add_argument('--dual', action='store_const', const=True,
+                   help="a basis each for a block's first and second convolution")
+    p.add_argument('--bn', action='store_true', help='batch norms behind the filters, set by training images')
+    p.add_argument('--stages', type=int, nargs='+', metavar='N', help="as timm's feature levels; all if not given")
+    add_layers(p)
+    add_json(p)
+    add_finetuning(p)
 
-    Args:
-        args: `model`, `output`, `params`, `energy`, `shared_rank`, `unique_rank`, `dual`, `bn`, `stages`,
-            `include`, `exclude`, `data`, `data_dir`, `img_size`, `device`, `batch_size`, `workers`,
-            `finetune_epochs`, `lr`, `distill`.
 
-    Raises:
-        LeanError: Options that cannot be met, or a model without convolutions to share.
-    """
-    output = output_file(args.output, '.safetensors')
-    has_data = bool(args.data or args.data_dir)
-    if args.finetune_epochs and not has_data:
-        raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
-    if args.finetune_epochs < 0:
-        raise LeanError(f'--finetune-epochs must be at least 0, got {args.finetune_epochs}.')
-    if args.distill and not args.finetune_epochs:
-        raise LeanError('--distill is a way of fine-tuning: it needs --finetune-epochs.')
-    if args.bn and not has_data:
+def run(args: argparse.Namespace) -> None:
+    from timm_lean.errors import LeanError
+    from timm_lean.sharing import share
+    if args.bn and not (args.data or args.data_dir):
         raise LeanError('--bn needs training images for the statistics: --data-dir DIR, or --data digits.')
-    model = load_any(args.model).eval()
-    x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
-    new = share(
-        model, shared_rank=args.shared_rank, energy=args.energy, params=args.params, unique_rank=args.unique_rank,
-        dual=args.dual, stages=args.stages, include=args.include, exclude=args.exclude, example_input=x, bn=args.bn,
-        calibration=_calibration(args, model) if args.bn else None)
-    print(new.lean_report)
-    save_model(new, output)
-    if has_data:
-        from timm_lean.training.device import resolve_device
-        from timm_lean.training.evaluate import evaluate_source
-        for title, net in (('before', model), ('converted', new)):
-            top1 = evaluate_source(args.model, net, args.data, args.data_dir, args.img_size, args.batch_size,
-                                   resolve_device(args.device), args.workers)['top1']
-            print(f'top-1 {title:10} {top1:.2f} %', flush=True)
-    if args.finetune_epochs:
-        from timm_lean.training.finetune import finetune
-        keys = ('data', 'data_dir', 'img_size', 'device', 'batch_size', 'workers')
-        settings = {k: getattr(args, k) for k in keys}
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
-            if args.distill:
-                settings['distill'] = str(Path(folder) / 'original.safetensors')
-                save_model(model.cpu(), settings['distill'])
-            print(f'top-1 fine-tuned {finetune(output, args.finetune_epochs, args.lr, settings):.2f} %')
-    print(output)
+
+    def convert(model: Any, x: Any) -> Any:
+        options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude')
+        if args.bn:
+            options.update(bn=True, calibration=_training_images(args, model))
+        return share(model, example_input=x, **options)
+
+    change_network(args, 'converted', convert)
 
 
-def _calibration(args: argparse.Namespace, model: torch.nn.Module) -> Any:
-    """Training images for the statistics of batch norms."""
+def _training_images(args: argparse.Namespace, model: Any) -> Any:
+    """Images for the statistics of batch norms, on the CPU."""
     from timm_lean.training.data import open_eval_loader
-    return open_eval_loader(model, args.data, args.data_dir, args.img_size, args.batch_size, torch.device('cpu'),
-                            args.workers, split='train', limit=_CALIBRATION_IMAGES)
+    return open_eval_loader(
+        model, **{**data_options(args), 'device': 'cpu'}, split='train', limit=_CALIBRATION_IMAGES)

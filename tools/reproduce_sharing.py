@@ -98,8 +98,9 @@ class Experiment:
         if way != 'scratch' and dense_file is not None:
             save_model(model, file)
             row['epochs'] = args.finetune_epochs
-            row['after'] = finetune(file, args.finetune_epochs, args.finetune_lr, {
-                **self.settings, **(dict(distill=str(dense_file)) if way == 'distilled' else {})})
+            row['after'] = finetune(
+                file, epochs=args.finetune_epochs, lr=args.finetune_lr, **self.settings,
+                **(dict(distill=str(dense_file)) if way == 'distilled' else {}))
         row['seconds'] = time.perf_counter() - start
         self.rows.append(row)
         self.file.write_text(json.dumps(self.rows, indent=1) + '\n')

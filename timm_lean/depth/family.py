@@ -18,7 +18,8 @@ from timm_lean.measure.report import count_macs, count_params
 
 from .bound import resolutions
 
-__all__ = ['FAMILIES', 'Budget', 'Family', 'bounded_model', 'default_baseline', 'describe_member', 'list_families']
+__all__ = ['FAMILIES', 'Budget', 'Family', 'bounded_model', 'check_family', 'default_baseline',
+           'describe_member', 'list_families']
 
 LARGE_IMAGES = 64  # pixels; images beyond get a stem that reduces the resolution
 _MAX_WIDTH = 4096  # of the first stage; far beyond any sensible network, an end for the search
@@ -161,6 +162,12 @@ def list_families() -> list[str]:
     return sorted(FAMILIES)
 
 
+def check_family(family: str) -> None:
+    """Raise a LeanError that lists the families unless this is one."""
+    if family not in FAMILIES:
+        raise LeanError(f'Unknown family {family!r}. Known: {", ".join(list_families())}.')
+
+
 def default_baseline(img_size: int) -> str:
     """The published network that images of a size are compared on."""
     return 'resnet50' if img_size > LARGE_IMAGES else 'resnet56_cifar'
@@ -180,8 +187,7 @@ def describe_member(
     Raises:
         LeanError: An unknown family, or a depth or budget that cannot be met; the message says the nearest that can.
     """
-    if family not in FAMILIES:
-        raise LeanError(f'Unknown family {family!r}. Known: {", ".join(list_families())}.')
+    check_family(family)
     for name, value in (('depth', depth), ('num_classes', num_classes), ('img_size', img_size), ('in_chans', in_chans)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise LeanError(f'{name} must be a whole number of at least 1, got {value!r}.')

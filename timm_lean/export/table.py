@@ -1,4 +1,5 @@
 """The forms of one model beside each other: what was written, how large it is, how fast it runs."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from timm_lean.measure.report import human_bytes, measure_latency
 
 from .forms import onnx_form, save_onnx, save_torch_export, torch_export_form
 
-__all__ = ['Form', 'format_forms', 'write_forms']
+__all__ = ['Form', 'format_forms', 'time_forms', 'write_forms']
 
 _CPU = torch.device('cpu')
 
@@ -62,16 +63,21 @@ def write_forms(
     return forms
 
 
-def format_forms(forms: list[Form], shape: tuple[int, ...]) -> str:
-    """Size and latency of every form, measured in turn on inputs of a shape `[B, C, H, W]`."""
+def time_forms(forms: Sequence[Form], shape: Sequence[int]) -> list[float]:
+    """Milliseconds of each form on an input `[B, C, H, W]`; those on one device take turns."""
     times: dict[int, float] = {}
     for device in dict.fromkeys(form.device for form in forms):
         chosen = [i for i, form in enumerate(forms) if form.device == device]
         measured = measure_latency([forms[i].module for i in chosen], [shape] * len(chosen), device)
         times.update({i: ms for i, (ms, _, _) in zip(chosen, measured, strict=True)})
+    return [times[i] for i in range(len(forms))]
+
+
+def format_forms(forms: Sequence[Form], times: Sequence[float], shape: Sequence[int]) -> str:
+    """A table of forms with what `time_forms` measured on inputs of a shape."""
     cells = [('form', 'file', 'latency', 'device')] + [
-        (form.name, '-' if form.bytes is None else human_bytes(form.bytes), f'{times[i]:.2f} ms', str(form.device))
-        for i, form in enumerate(forms)]
+        (form.name, '-' if form.bytes is None else human_bytes(form.bytes), f'{ms:.2f} ms', str(form.device))
+        for form, ms in zip(forms, times, strict=True)]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.append(f'latency: batch 1 of {shape[1]} x {shape[2]} x {shape[3]}, median of 20, in turn, '

@@ -13,7 +13,7 @@ from PIL import Image
 
 from timm_lean.errors import LeanError
 from timm_lean.export.auto import fold_as_asked
-from timm_lean.export.table import Form, format_forms, write_forms
+from timm_lean.export.table import Form, format_forms, time_forms, write_forms
 
 from .backbone import TimmBackbone
 from .detector import build_detector, load_detector, load_strictly
@@ -35,11 +35,13 @@ class BackboneForms:
     Attributes:
         levels: Stride and channels of every output.
         forms: The backbone in PyTorch, then the files.
+        times: Milliseconds of each.
         shape: `[1, 3, H, W]`, the input of the latencies in the table.
         folded: What was folded; '' if nothing was to be.
     """
     levels: tuple[tuple[int, int], ...]
     forms: list[Form]
+    times: list[float]
     shape: tuple[int, int, int, int]
     folded: str = ''
 
@@ -47,7 +49,7 @@ class BackboneForms:
         levels = ', '.join(
             f'level_{i}: stride {stride}, {channels} channels' for i, (stride, channels) in enumerate(self.levels))
         notes = [self.folded, *(form.note for form in self.forms), f'levels: {levels}']
-        return '\n'.join([*filter(None, notes), format_forms(self.forms, self.shape)])
+        return '\n'.join([*filter(None, notes), format_forms(self.forms, self.times, self.shape)])
 
 
 def export_backbone(
@@ -92,7 +94,7 @@ def export_backbone(
     net, folded = fold_as_asked(net, fold, shape, device)
     forms = [first, *write_forms(net.to(cpu), images, onnx=onnx, torch_export=torch_export)]
     levels = zip(model.backbone.out_strides, model.backbone.out_channels, strict=True)
-    return BackboneForms(tuple(levels), forms, shape, folded)
+    return BackboneForms(tuple(levels), forms, time_forms(forms, shape), shape, folded)
 
 
 def _images(data_dir: str | Path | None, size: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, TASK_UTILS, TRANSFORMS, Registry
 
 from timm_lean.checkpoint.format import RUNTIME_ARGS
 from timm_lean.errors import CheckpointError
+from timm_lean.regularizers import list_regularizers
 
 __all__ = ['check_config', 'check_recipe', 'find', 'registered_only']
 
@@ -32,12 +33,13 @@ _FOLLOWED = ('init_cfg', 'pretrained', 'backend_args', 'file_client_args')
 """Keys that lead to other files, or to code that reads them. They are taken out: all weights are in the checkpoint."""
 
 _WORDS = {
+    'regularizers': set(list_regularizers()),
     'nms': {'nms', 'soft_nms'},
     'roi_layer': {'RoIAlign', 'RoIPool', 'SimpleRoIAlign', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack'},
     'adapt_cfg': {'dilation', 'offset'},
     **{f'{name}_trans': {'conv', 'interpolation_conv', 'last_conv'} for name in (
         'same_down', 'same_up', 'across_lateral', 'across_down', 'across_up', 'across_skip', 'output')}}
-"""Types the libraries look up elsewhere than in a registry, by the key their settings stand under."""
+"""Types that are looked up elsewhere than in a registry of MMEngine, by the key their settings stand under."""
 
 _REACH_OUT = {
     'ATSSVLFusionHead', 'AppearanceFreeLink', 'BertModel', 'CameraMotionCompensation', 'Detectron2Wrapper',

@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2102.02804, the analyses of its section 4.
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,13 @@ class CriteriaAnalysis:
         for a in CRITERIA:
             lines.append(f'{a:22}' + ''.join(f'{self.overlap[a, b]:13.3f}' for b in CRITERIA))
         return '\n'.join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The analysis as JSON data."""
+        overlap = {a: {b: self.overlap[a, b] for b in CRITERIA} for a in CRITERIA}
+        layers = {name: dict(kernels=n, complex=share, pruned=pruned)
+                  for name, (n, share, pruned) in self.layers.items()}
+        return {**asdict(replace(self, overlap={})), 'layers': layers, 'overlap': overlap}
 
     def tables(self) -> dict[str, list[list[Any]]]:
         """`curves`, `layers` and `overlap` as rows, the first of each its header."""

@@ -1,6 +1,6 @@
 """Training and evaluation of classification models."""
-from .config import TrainConfig, list_recipes
+from .config import PruneConfig, TrainConfig, list_configs
 from .engine import Trainer, train
 from .evaluate import evaluate
 
-__all__ = ['TrainConfig', 'Trainer', 'evaluate', 'list_recipes', 'train']
+__all__ = ['PruneConfig', 'TrainConfig', 'Trainer', 'evaluate', 'list_configs', 'train']

@@ -1,15 +1,88 @@
 """Every setting of a training run, with its default."""
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from timm_lean.errors import LeanError
 
-__all__ = ['TrainConfig', 'list_recipes', 'load_yaml']
+from .settings import check_settings, from_mapping, rule, setting
 
-RECIPES = Path(__file__).parent / 'configs'
+__all__ = ['PruneConfig', 'TrainConfig', 'list_configs', 'load_yaml']
+
+CONFIGS = Path(__file__).parent / 'configs'
+
+
+# Arguments of timm.create_model that are settings of their own, or none of a network.
+_NO_MODEL_ARGS = {
+    'num_classes': '--num-classes', 'pretrained': '--pretrained', 'checkpoint_path': '--model FILE',
+    'pretrained_cfg': '--model FILE', 'pretrained_cfg_overlay': '--model FILE', 'features_only': 'a classifier',
+    'device': '--device', 'dtype': '--amp', 'scriptable': 'nothing', 'exportable': 'nothing', 'no_jit': 'nothing',
+    'cache_dir': 'the environment variable HF_HOME',
+}
+
+
+@dataclass
+class PruneConfig:
+    """Kernel pruning while training.
+
+    Attributes:
+        criterion: By which kernels are pruned; if empty, a model that comes pruned stays as it is.
+        amount: Share of the kernels to prune.
+        threshold: Prune kernels below the criterion's threshold for this t instead.
+        scope: Whether the amount is one of all kernels ('global'), of each layer's or of each filter's.
+        schedule: 'one_shot', 'linear', 'cubic' or 'exponential'.
+        epochs: BEGIN:END of the schedule in epochs (BEGIN alone for one_shot); the start of the run if empty.
+        steps: The same in optimizer updates.
+        every: Distance between two updates of the masks, in the unit of the schedule.
+        include: Shell patterns of the layers to prune; all if empty.
+        exclude: Shell patterns of layers that are never pruned.
+        min_keep: Share of kernels that each layer keeps at least.
+        again: Prune a model that comes pruned further.
+    """
+    PART: ClassVar[str] = 'prune'
+
+    criterion: str = ''
+    amount: float | None = setting(None, least=0, below=1)
+    threshold: float | None = setting(None, least=0)
+    scope: str = setting('global', choices=('global', 'layer', 'filter'))
+    schedule: str = setting('one_shot', choices=('one_shot', 'linear', 'cubic', 'exponential'))
+    epochs: str = ''
+    steps: str = ''
+    every: float = setting(1., above=0)
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    min_keep: float = setting(0.01, least=0, most=1)
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ('epochs', 'steps'):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(self, name, str(value))  # BEGIN alone, as YAML reads it
+        check_settings(self)
+        if not self.criterion:
+            for name in ('amount', 'threshold', 'epochs', 'steps'):
+                if getattr(self, name) not in (None, ''):
+                    raise LeanError(f'--prune-{name} needs a criterion: --prune spectral_norm.')
+        if self.epochs and self.steps:
+            raise LeanError('Give --prune-epochs or --prune-steps, not both.')
+        self.span()
+
+    def span(self) -> tuple[float, float | None]:
+        """BEGIN and END as numbers, in epochs or updates; without an end for one_shot."""
+        text = self.steps or self.epochs or '0'
+        begin, _, end = text.partition(':')
+        try:
+            numbers = float(begin), float(end) if end else None
+        except ValueError:
+            numbers = math.nan, None
+        if not all(0 <= n < math.inf for n in numbers if n is not None):
+            option = '--prune-steps' if self.steps else '--prune-epochs'
+            raise LeanError(f'{option} takes BEGIN:END, such as 10:30, got {text[:100]!r}.')
+        return numbers
 
 
 @dataclass
@@ -19,6 +92,7 @@ class TrainConfig:
     Attributes:
         model: timm name, checkpoint file or local-dir:DIR.
         model_args: Arguments for a timm name.
+        pretrained: Start from timm's weights of that name.
         num_classes: Number of classes; the dataset's if None.
         data: 'folder' (needs data_dir) or 'digits'.
         data_dir: Folder with train/ and val/ or test/, each with one folder per class.
@@ -33,7 +107,7 @@ class TrainConfig:
         lr: Learning rate.
         momentum: Optimizer momentum.
         weight_decay: Weight decay; not on biases and norms unless decay_all.
-        decay_all: Weight decay on every parameter, as the papers' recipes do.
+        decay_all: Weight decay on every parameter, as the papers do.
         sched: 'cosine', 'multistep', 'poly' or 'constant' (timm's, stepped by update).
         milestones: Epochs at which 'multistep' multiplies lr by decay_rate.
         decay_rate: See milestones.
@@ -45,17 +119,7 @@ class TrainConfig:
         distill: Teacher of a feature distillation: checkpoint file, local-dir:DIR, or a timm name with pretrained
             weights; none if empty.
         distill_weight: Weight of the features' mean squared error beside the classification loss.
-        prune: Criterion by which kernels are pruned while training; if empty, a model that comes pruned stays as it is.
-        prune_amount: Share of the kernels to prune.
-        prune_threshold: Prune kernels below the criterion's threshold for this t instead.
-        prune_scope: Whether the amount is one of all kernels ('global'), of each layer's or of each filter's.
-        prune_schedule: 'one_shot', 'linear', 'cubic' or 'exponential'.
-        prune_epochs: BEGIN:END of the schedule in epochs (BEGIN alone for one_shot); the start of the run if empty.
-        prune_steps: The same in optimizer updates.
-        prune_every: Distance between two updates of the masks, in the unit of the schedule.
-        prune_ignore: Shell patterns of layers that are never pruned.
-        prune_min_keep: Share of kernels that each layer keeps at least.
-        prune_again: Prune a model that comes pruned further.
+        prune: Kernels to prune while training, see `PruneConfig`; in YAML a mapping.
         smoothing: Label smoothing.
         mixup: Mixup alpha.
         cutmix: Cutmix alpha.
@@ -76,102 +140,79 @@ class TrainConfig:
     """
     model: str = ''
     model_args: dict[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None
-    data: str = ''
+    pretrained: bool = False
+    num_classes: int | None = setting(None, least=1, most=1_000_000)
+    data: str = setting('', choices=('', 'folder', 'digits'))
     data_dir: str | None = None
-    train_images: int | None = None
-    img_size: int | None = None
+    train_images: int | None = setting(None, least=1)
+    img_size: int | None = setting(None, least=1, most=16_384)
     cache: bool = False
-    workers: int = 2
-    epochs: int = 100
-    batch_size: int = 128
-    grad_accum: int = 1
+    workers: int = setting(2, least=0, most=1024)
+    epochs: int = setting(100, least=1, most=1_000_000)
+    batch_size: int = setting(128, least=1, most=1_000_000)
+    grad_accum: int = setting(1, least=1, most=1_000_000)
     opt: str = 'sgd'
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: float = setting(0.1, least=0)
+    momentum: float = setting(0.9, least=0, most=1)
+    weight_decay: float = setting(5e-4, least=0)
     decay_all: bool = False
-    sched: str = 'cosine'
-    milestones: list[int] = field(default_factory=list)
-    decay_rate: float = 0.1
-    warmup_epochs: int = 0
-    min_lr: float = 0.
+    sched: str = setting('cosine', choices=('cosine', 'multistep', 'poly', 'constant'))
+    milestones: list[int] = field(default_factory=list, metadata=rule(least=0))
+    decay_rate: float = setting(0.1, above=0, most=1)
+    warmup_epochs: int = setting(0, least=0)
+    min_lr: float = setting(0., least=0)
     reg: list[str] = field(default_factory=list)
-    init: str = ''
-    init_steps: int = 200
+    init: str = setting('', choices=('', 'conv_similarity'))
+    init_steps: int = setting(200, least=1, most=1_000_000)
     distill: str = ''
-    distill_weight: float = 1.
-    prune: str = ''
-    prune_amount: float | None = None
-    prune_threshold: float | None = None
-    prune_scope: str = 'global'
-    prune_schedule: str = 'one_shot'
-    prune_epochs: str = ''
-    prune_steps: str = ''
-    prune_every: float = 1.0
-    prune_ignore: list[str] = field(default_factory=list)
-    prune_min_keep: float = 0.01
-    prune_again: bool = False
-    smoothing: float = 0.
-    mixup: float = 0.
-    cutmix: float = 0.
-    aug: str = 'crop'
-    hflip: float | None = None
+    distill_weight: float = setting(1., least=0)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    smoothing: float = setting(0., least=0, below=1)
+    mixup: float = setting(0., least=0, most=1000)
+    cutmix: float = setting(0., least=0, most=1000)
+    aug: str = setting('crop', choices=('crop', 'rrc', 'none'))
+    hflip: float | None = setting(None, least=0, most=1)
     auto_augment: str | None = None
-    re_prob: float = 0.
-    amp: str = ''
+    re_prob: float = setting(0., least=0, most=1)
+    amp: str = setting('', choices=('', 'bf16', 'fp16'))
     ema: bool = False
-    ema_decay: float = 0.9998
-    clip_grad: float | None = None
+    ema_decay: float = setting(0.9998, least=0, most=1)
+    clip_grad: float | None = setting(None, above=0)
     compile: bool = False
     channels_last: bool = False
     device: str = 'auto'
-    seed: int = 0
+    seed: int = setting(0, least=0, most=2 ** 32 - 1)
     output: str = ''
     resume: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.model:
             raise LeanError('No model given. Name one by --model; `timm-lean models` lists names.')
         if not self.data:
             self.data = 'folder' if self.data_dir else 'digits'
-        if isinstance(self.reg, str):
-            self.reg = [self.reg]
-        self._choice('data', ('folder', 'digits'))
-        self._choice('aug', ('crop', 'rrc', 'none'))
-        self._choice('sched', ('cosine', 'multistep', 'poly', 'constant'))
-        self._choice('init', ('', 'conv_similarity'))
-        self._choice('amp', ('', 'bf16', 'fp16'))
         if self.data == 'folder' and not self.data_dir:
             raise LeanError("data='folder' needs --data-dir DIR, a folder with train/ and val/ or test/.")
-        for name in ('epochs', 'batch_size', 'grad_accum', 'init_steps'):
-            self._at_least(name, 1)
-        for name in ('workers', 'warmup_epochs', 'lr', 'min_lr', 'momentum', 'weight_decay', 'smoothing', 'mixup',
-                     'cutmix', 're_prob', 'seed', 'distill_weight'):
-            self._at_least(name, 0)
-        for name in ('train_images', 'img_size', 'num_classes'):
-            if getattr(self, name) is not None:
-                self._at_least(name, 1)
-        if not self.prune:
-            for name in ('prune_amount', 'prune_threshold', 'prune_epochs', 'prune_steps'):
-                if getattr(self, name) not in (None, ''):
-                    raise LeanError(f'--{name.replace("_", "-")} needs a criterion: --prune spectral_norm.')
-        if self.prune_epochs and self.prune_steps:
-            raise LeanError('Give --prune-epochs or --prune-steps, not both.')
+        for name, flag in _NO_MODEL_ARGS.items():
+            if name in self.model_args:
+                raise LeanError(f'{name} is no model argument: give {flag} instead.')
+        if self.auto_augment:
+            self._check_auto_augment(self.auto_augment)
         if self.cache and (self.aug == 'rrc' or self.auto_augment or self.re_prob):
             raise LeanError('--cache augments on the device, by crop and flip only. Use --aug crop or none without '
                             'auto-augment and random erasing, or drop --cache.')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise LeanError(f'mixup and cutmix pair images: batch_size must be even, got {self.batch_size}.')
 
-    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise LeanError(f'{name} must be one of {", ".join(map(repr, choices))}, got {getattr(self, name)!r}.')
-
-    def _at_least(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
-            raise LeanError(f'{name} must be a number of at least {minimum}, got {value!r}.')
+    def _check_auto_augment(self, policy: str) -> None:
+        if self.aug != 'rrc':
+            raise LeanError(f'--auto-augment {policy} is a part of --aug rrc, and --aug is {self.aug}.')
+        from timm.data.transforms_factory import transforms_imagenet_train
+        try:
+            transforms_imagenet_train(auto_augment=policy)
+        except Exception as e:  # timm's parsers of policies raise whatever they stumble over
+            raise LeanError(f'Unknown auto_augment policy {policy[:100]!r}. It reads like rand-m9-mstd0.5, '
+                            'augmix-m5-w4-d2 or original.') from e
 
     def rerun_args(self) -> dict[str, Any]:
         """The settings as plain data, without those that say where and from what to start."""
@@ -184,47 +225,29 @@ class TrainConfig:
         Raises:
             LeanError: An unknown setting, or a value of the wrong type.
         """
-        known = {f.name: f for f in fields(cls)}
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise LeanError(f'Unknown setting {unknown[0]!r}. Known: {", ".join(known)}.')
-        for name, value in settings.items():
-            default = getattr(cls, name, None)
-            if isinstance(default, bool) and not isinstance(value, bool):
-                raise LeanError(f'{name} must be true or false, got {value!r}.')
-            if isinstance(default, float) and isinstance(value, str):
-                settings = {**settings, name: _to_float(name, value)}
-        return cls(**settings)
+        return from_mapping(cls, settings)
 
 
-def _to_float(name: str, value: str) -> float:
-    # YAML 1.1 reads 5e-4 as a string
-    try:
-        return float(value)
-    except ValueError:
-        raise LeanError(f'{name} must be a number, got {value!r}.') from None
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes that ship with the package, usable as `--config NAME`."""
-    return sorted(path.stem for path in RECIPES.glob('*.yaml'))
+def list_configs() -> list[str]:
+    """Names of the configs that ship with the package, usable as `--config NAME`."""
+    return sorted(path.stem for path in CONFIGS.glob('*.yaml'))
 
 
 def load_yaml(source: str) -> dict[str, Any]:
-    """Settings from a YAML file, or from a shipped recipe by name.
+    """Settings from a YAML file, or from a shipped config by name.
 
     Raises:
-        LeanError: There is no such file or recipe, or it is not a YAML mapping.
+        LeanError: There is no such file or config, or it is not a YAML mapping.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = RECIPES / f'{source}.yaml'
-    if not path.is_file():
-        raise LeanError(f'No config file or recipe {source!r}. Recipes: {", ".join(list_recipes())}.')
+    shipped = CONFIGS / f'{source}.yaml' if source in list_configs() else None
+    path = shipped or Path(source)
     try:
         settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
-        raise LeanError(f'{path} is not a readable YAML file: {e}') from e
+    except FileNotFoundError as e:
+        raise LeanError(f'No config file {source!r}, and no shipped one of this name. Shipped: '
+                        f'{", ".join(list_configs())}.') from e
+    except (yaml.YAMLError, OSError, ValueError, OverflowError, RecursionError) as e:
+        raise LeanError(f'{source[:300]} is not a readable YAML file: {" ".join(str(e).split())[:500]}') from e
     if not isinstance(settings, dict):
         raise LeanError(f'{path} must hold settings as "name: value" lines.')
     return {str(k).replace('-', '_'): v for k, v in settings.items()}

@@ -209,11 +209,11 @@ def model_data_config(model: nn.Module, img_size: int | None = None) -> dict[str
 
 def open_eval_loader(
         model: nn.Module,
-        data: str,
-        data_dir: str | None,
-        img_size: int | None,
-        batch_size: int,
-        device: torch.device,
+        data: str = '',
+        data_dir: str | None = None,
+        img_size: int | None = None,
+        batch_size: int = 128,
+        device: torch.device | str = 'cpu',
         workers: int = 0,
         split: str = 'eval',
         limit: int | None = None,
@@ -234,7 +234,7 @@ def open_eval_loader(
     config = model_data_config(model, img_size)
     data = data or ('folder' if data_dir else 'digits')
     dataset = open_dataset(data, data_dir, split, config['input_size'][0], config['input_size'][-1], limit)
-    return create_eval_loader(dataset, config, batch_size, device, workers)
+    return create_eval_loader(dataset, config, batch_size, torch.device(device), workers)
 
 
 class CachedLoader:

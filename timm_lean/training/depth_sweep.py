@@ -16,7 +16,7 @@ import torch
 
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.checkpoint.format import load_model
-from timm_lean.depth.family import FAMILIES, bounded_model, describe_member, list_families
+from timm_lean.depth.family import FAMILIES, bounded_model, check_family, describe_member
 from timm_lean.errors import LeanError, PackageMissingError
 from timm_lean.measure.conv_depth import conv_depth, module_depths
 from timm_lean.measure.identity import identity_ratios, near_identity_share
@@ -26,7 +26,7 @@ from timm_lean.training import TrainConfig, train
 
 from .data import create_eval_loader, model_data_config, open_dataset
 
-__all__ = ['SWEEP_TRAINING', 'Run', 'Sweep', 'compare', 'run_sweep', 'summarize', 'verify_bound']
+__all__ = ['SWEEP_TRAINING', 'Run', 'Sweep', 'check_sweep', 'compare', 'run_sweep', 'summarize', 'verify_bound']
 
 SWEEP_TRAINING: dict[str, Any] = dict(epochs=15, batch_size=32, opt='momentum', lr=0.05, cache=True)
 """Settings of a sweep's runs that suit small networks."""
@@ -220,7 +220,8 @@ def plot_sweep(runs: Sequence[Run], bound: int, file: Path) -> None:
     axes[1].set_ylabel('seconds per epoch')
     for depth in depths:
         points = [(r.places[name], ratio) for r in runs if r.depth == depth for name, ratio in r.ratios.items()]
-        axes[2].scatter(*zip(*points, strict=True) if points else ((), ()), s=8, alpha=0.6, label=f'network of {depth}')
+        axes[2].scatter(
+            [x for x, _ in points], [y for _, y in points], s=8, alpha=0.6, label=f'network of {depth}')
     axes[2].set_ylabel('‖F(x)‖ / ‖x‖ of each block')
     axes[2].set_xlabel('convolutions up to the end of the block')
     for axis in axes[:2]:
@@ -239,6 +240,13 @@ def report_sweep(runs: Sequence[Run], bound: int, folder: str | Path) -> dict[st
     with atomic_file(Path(folder) / 'sweep.json') as temporary:
         temporary.write_text(json.dumps({'bound': bound, **result}, indent=1))
     return result
+
+
+def check_sweep(seeds: int = 1, depths: Sequence[int] | None = None) -> None:
+    """Raise a LeanError unless seeds and depths are whole numbers of at least 1."""
+    for name, value in (('seeds', seeds), *(('depths', depth) for depth in depths or ())):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
+            raise LeanError(f'{name} must be a whole number from 1 to 10,000, got {value!r}.')
 
 
 def verify_bound(
@@ -267,10 +275,8 @@ def verify_bound(
     Raises:
         LeanError: Settings that cannot be met; nothing has been written then.
     """
-    if family not in FAMILIES:
-        raise LeanError(f'Unknown family {family!r}. Known: {", ".join(list_families())}.')
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise LeanError(f'seeds must be a whole number of at least 1, got {seeds!r}.')
+    check_family(family)
+    check_sweep(seeds, depths)
     settings = {**SWEEP_TRAINING, **training}
     settings.setdefault('warmup_epochs', min(1, settings['epochs'] - 1))
     config = TrainConfig.from_args({'model': '-', 'img_size': img_size, **settings})

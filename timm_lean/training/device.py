@@ -13,7 +13,7 @@ from timm_lean.errors import LeanError
 __all__ = ['autocast', 'check_compiler', 'resolve_device', 'start_distributed']
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str = 'auto') -> torch.device:
     """A device by name; 'auto' is CUDA if there is one, else the CPU.
 
     Raises:
@@ -23,13 +23,18 @@ def resolve_device(name: str) -> torch.device:
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-    except RuntimeError as e:
-        raise LeanError(f"Unknown device {name!r}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from e
+    except (RuntimeError, ValueError) as e:
+        raise LeanError(f"Unknown device {name[:100]!r}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from e
     if device.type == 'cuda':
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise LeanError(f'Device {name!r} was asked for, but torch {torch.__version__} sees {count} CUDA devices '
                             "here. Use --device auto or cpu.")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, ImportError, AssertionError) as e:
+        raise LeanError(f'Device {name!r} does not compute here with torch {torch.__version__} ({type(e).__name__}). '
+                        'Use --device auto or cpu.') from e
     return device
 
 

@@ -71,7 +71,8 @@ class Trainer:
         regularizers = [parse_regularizer(spec) for spec in config.reg]
         seed_epoch(config.seed, 0)
 
-        model = load_any(config.model, num_classes=config.num_classes, **config.model_args)
+        model = load_any(
+            config.model, pretrained=config.pretrained, num_classes=config.num_classes, **config.model_args)
         self.data_config = model_data_config(model, config.img_size)
         in_chans, size = self.data_config['input_size'][0], self.data_config['input_size'][-1]
         datasets = {
@@ -210,7 +211,7 @@ class Trainer:
             x, target = self.mixup(x, target)
         for regularizer in task.regularizers:
             regularizer.set_progress(self.updates / (self.updates_per_epoch * config.epochs))
-        progress = self.updates if config.prune_steps else self.updates / self.updates_per_epoch
+        progress = self.updates if config.prune.steps else self.updates / self.updates_per_epoch
         if self.pruner is not None and self.pruner.set_progress(progress):
             self.best = {'top1': -1., 'epoch': 0.}  # the best network is one that is as small as this one
         with contextlib.nullcontext() if update else task.no_sync():

@@ -43,12 +43,12 @@ def evaluate(
 def evaluate_source(
         source: str,
         model: Any,
-        data: str,
-        data_dir: str | None,
-        img_size: int | None,
-        batch_size: int,
-        device: torch.device,
-        workers: int = 0,
+        data: str = '',
+        data_dir: str | None = None,
+        img_size: int | None = None,
+        batch_size: int = 128,
+        device: torch.device | str = 'cpu',
+        workers: int = 2,
         amp: str = '',
 ) -> dict[str, float]:
     """`evaluate` on a dataset, with the number of `images`; the model moves to the device.
@@ -62,6 +62,7 @@ def evaluate_source(
     Raises:
         LeanError: The data has other classes than the model.
     """
+    device = torch.device(device)
     model = model.to(device)
     loader = open_eval_loader(model, data, data_dir, img_size, batch_size, device, workers)
     classes, known = class_names(loader.dataset), model.pretrained_cfg.get('label_names')

@@ -1,0 +1,131 @@
+"""The way of `prune` and `share`: open, change, save, train a little further, and compare what was with what is."""
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arguments import given
+from .opening import data_options, finish, open_model, progress
+
+__all__ = ['change_network']
+
+
+@dataclass
+class _Figures:
+    """What a network is and costs at one point; `top1` only with data."""
+    params: int
+    nonzero: int
+    live_kernels: int
+    macs: int
+    bytes: int | None
+    top1: float | None = None
+
+
+def change_network(
+        args: argparse.Namespace,
+        title: str,
+        change: Callable[[Any, Any], Any],
+        check: Callable[[Any], None] = lambda model: None,
+) -> None:
+    """Run a command that changes the structure of a network.
+
+    Args:
+        args: Those of `add_model`, `add_finetuning` and `add_json`, and `output`.
+        title: What the changed network is called in the table.
+        change: `(network, example images [1, C, H, W])` to a new network, with a `lean_report`.
+        check: Called with the network before any work is done.
+
+    Raises:
+        LeanError: Settings or a network that will not do; nothing is written then.
+    """
+    import torch
+    from timm.models import get_model_input_config
+
+    from timm_lean.checkpoint.files import output_file
+    from timm_lean.checkpoint.format import load_any, save_model
+    from timm_lean.training.finetune import finetune
+    output = output_file(args.output, '.safetensors')
+    options = data_options(args)
+    tuning = _finetuning(args)
+    model = open_model(args)
+    check(model)
+    x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
+    with progress(args):
+        columns = {'before': _figures(args, model, x, Path(args.model), options)}
+        new = change(model, x)
+        if not args.json:
+            print(new.lean_report, flush=True)
+        save_model(new, output)
+        columns[title] = _figures(args, new, x, output, options)
+        if tuning:
+            with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
+                if tuning.get('distill') is True:
+                    tuning['distill'] = str(Path(folder) / 'original.safetensors')
+                    save_model(model.cpu(), tuning['distill'])
+                finetune(output, **tuning)
+            columns['fine-tuned'] = _figures(args, load_any(str(output)), x, output, options)
+    result = {'output': str(output), 'report': new.lean_report.to_dict(),
+              **{name: vars(figures) for name, figures in columns.items()}}
+    finish(args, result, f'{_table(columns)}\n{output}')
+
+
+def _finetuning(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `finetune`, all checked; empty if nothing is to be trained."""
+    from dataclasses import fields
+
+    from timm_lean.errors import LeanError
+    from timm_lean.training import TrainConfig
+    from timm_lean.training.finetune import check_finetune
+    names = {f.name for f in fields(TrainConfig)} - {'model', 'output', 'prune', 'pretrained'}
+    names &= vars(args).keys()
+    settings = given(args, *names, lr='finetune_lr')
+    if args.finetune_epochs is None:
+        read = ('data', 'data_dir', 'img_size', 'batch_size', 'workers', 'device', *_USED_WITHOUT)
+        if alone := [name for name in settings if name not in read]:
+            flag = 'finetune-lr' if alone[0] == 'lr' else alone[0].replace('_', '-')
+            raise LeanError(f'--{flag} is for fine-tuning: it needs --finetune-epochs.')
+        return {}
+    if not (args.data or args.data_dir):
+        raise LeanError('--finetune-epochs needs data: --data-dir DIR, or --data digits.')
+    tuning = {'epochs': args.finetune_epochs, **settings}
+    check_finetune(**{**tuning, **({'distill': 'the original'} if args.distill is True else {})})
+    return tuning
+
+
+_USED_WITHOUT = ('seed',)  # of training, that the change itself uses too
+
+
+def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any]) -> _Figures:
+    import torch.nn as nn
+
+    from timm_lean.measure.report import count_macs, count_params
+    from timm_lean.pruning.report import live_kernels
+    from timm_lean.training.evaluate import evaluate_source
+    figures = _Figures(
+        count_params(model), sum(int((p != 0).sum()) for p in model.parameters()),
+        sum(int(live_kernels(m.weight).sum()) for m in model.modules() if isinstance(m, nn.Conv2d)),
+        count_macs(model, x.shape), path.stat().st_size if path.is_file() else None)
+    if args.data or args.data_dir:
+        figures.top1 = evaluate_source(args.model, model, **options)['top1']
+        model.cpu()
+    return figures
+
+
+def _table(columns: dict[str, _Figures]) -> str:
+    from timm_lean.measure.report import human_bytes, human_count
+    shown: dict[str, Callable[[_Figures], str]] = {
+        'parameters': lambda f: f'{f.params:,}',
+        'non-zero': lambda f: f'{f.nonzero:,}',
+        'live kernels': lambda f: f'{f.live_kernels:,}',
+        'MACs': lambda f: human_count(f.macs),
+        'file': lambda f: '-' if f.bytes is None else human_bytes(f.bytes),
+        'top-1': lambda f: '' if f.top1 is None else f'{f.top1:.2f} %',
+    }
+    rows = [f'{name:14}' + ''.join(f'{show(f):>16}' for f in columns.values()) for name, show in shown.items()]
+    return '\n'.join([f'{"":14}' + ''.join(f'{title:>16}' for title in columns), *filter(_has_values, rows)])
+
+
+def _has_values(row: str) -> bool:
+    return bool(row[14:].strip())

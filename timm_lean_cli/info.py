@@ -1,0 +1,46 @@
+"""`timm-lean info`: what networks cost, beside each other; classifiers and detectors."""
+import argparse
+
+from .arguments import add_data, add_json, add_model, given
+from .opening import data_options, finish, is_detector, open_model
+
+HELP = 'parameters, MACs, file size and speed of a model'
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_model(p, 'timm name, checkpoint file or local-dir:DIR; a detector too')
+    p.add_argument('--vs', action='append', default=[], metavar='MODEL', help='compare with this one (repeatable)')
+    p.add_argument('--latency', action='store_true', help='measure ms and peak memory on this device')
+    p.add_argument('--plot', metavar='FILE', help='picture of accuracy against latency (with --latency) or MACs')
+    add_data(p.add_argument_group('accuracy'))
+    add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from timm_lean.errors import LeanError
+    from timm_lean.measure.pictures import check_picture
+    from timm_lean.measure.report import format_table, model_reports
+    from timm_lean.measure.tradeoff import plot_tradeoff
+    from timm_lean.training.evaluate import evaluate_source
+    options = data_options(args)
+    if args.plot:
+        check_picture(args.plot)
+    sources = [args.model, *args.vs]
+    measured = {**given(args, 'img_size'), 'latency': args.latency, 'device': options['device']}
+    if any(map(is_detector, sources)):
+        from timm_lean.mmdet.report import detector_report
+        if args.plot or args.data or args.data_dir or not all(map(is_detector, sources)):
+            raise LeanError(f'{next(filter(is_detector, sources))} is a detector: it is compared with detectors, '
+                            'without --plot, --data and --data-dir. Its accuracy is measured by tools/test_det.py.')
+        reports = [detector_report(source, **measured) for source in sources]
+    else:
+        accuracy = args.plot or args.data or args.data_dir
+        models = [open_model(args, source) for source in sources] if accuracy else []
+        reports = model_reports(sources, **measured)
+        for source, model, report in zip(sources, models, reports, strict=False):
+            report.top1 = evaluate_source(source, model, **options)['top1']
+    finish(args, [asdict(r) for r in reports], format_table(reports))
+    if args.plot:
+        plot_tradeoff(reports, args.plot)

@@ -1,0 +1,34 @@
+"""`timm-lean models`: the networks of the papers by name."""
+import argparse
+import re
+
+from .arguments import add_json
+from .opening import finish
+
+_SHARED_RANK = re.compile(r'_s\d+u\d+')  # the papers' SsUu: shared and unique filters
+
+HELP = 'list model names with parameters and MACs'
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument('filter', nargs='?', help="part of a name, a pattern with *, or 'shared': all with shared bases")
+    add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+    from fnmatch import fnmatch
+
+    from timm_lean.errors import LeanError
+    from timm_lean.measure.report import human_count, model_reports
+    from timm_lean.models import model_names
+    names = [n for n in model_names() if n != 'lean']
+    part = args.filter or ''
+    pattern = part if '*' in part else f'*{part}*'
+    chosen = [n for n in names if fnmatch(n, pattern) or (part == 'shared' and _SHARED_RANK.search(n))]
+    if not chosen:
+        raise LeanError(f'No model name matches {part!r}. Names: {", ".join(names)}.')
+    reports = model_reports(chosen)
+    width = max(map(len, chosen))
+    finish(args, [asdict(r) for r in reports], '\n'.join(
+        f'{r.name:{width}}  {r.params:>11,} params  {human_count(r.macs):>9} MACs @{r.img_size}' for r in reports))
