@@ -107,7 +107,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in given(args, 'img_size', 'workers', 'num_classes', *_TRAINING).items():
         check_setting(TrainConfig, name, value)
     check_sweep(**given(args, 'seeds', 'depths'))
-    check_family(**given(args, 'family'))
+    if args.family:
+        check_family(args.family)
     if args.budget:
         Budget.parse(args.budget)
     if args.write_config and args.data != 'digits' and args.data_dir:

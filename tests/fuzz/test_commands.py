@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,19 @@ from . import fuzz, mutate_json, mutate_text
 
 TEXTS = ['', 'x', 'x' * 5000, '\x00', '\n', '\ud800', '..', '/dev/null/x', '/etc/passwd', 'a=b', 'a:b', '1:2', '*', '[',
          'layer1.*', 'spectral_norm', 'digits', 'cpu', 'meta', 'hpu', 'cuda:99', 'out.safetensors', 'out.png', 'out']
-NUMBERS = ['0', '1', '-1', '2', '8', '0.5', '0.9999', '1e30', '-1e-9', 'nan', 'inf', '-inf', '9' * 30, '1e400', 'x', '']
+NUMBERS = ['0', '-1', '0.9999', '1e30', '-1e-9', 'nan', 'inf', '-inf', '9' * 30, '1e400', 'x', '']
+GOOD = {'output': ['out.safetensors', 'out'], 'plot': ['out.png'], 'onnx': ['out.onnx'], 'torch_export': ['out.pt2'],
+        'data': ['digits'], 'device': ['cpu', 'auto'], 'criterion': ['weight', 'det'], 'include': ['layer1.*'],
+        'exclude': ['layer2.*'], 'hf_dir': ['out'], 'reg': ['l1=1e-4'], 'opt': ['adamw'], 'sched': ['poly'],
+        'aug': ['rrc'], 'auto_augment': ['rand-m9'], 'amp': ['bf16'], 'vs': ['resnet20_cifar'], 'fold': ['all'],
+        'config': ['cifar10_shared'], 'family': ['resnext'], 'rule': ['bits_per_octave'], 'budget': ['4k']}
 
 
 @pytest.fixture(scope='module')
 def network(tmp_path_factory):
     path = tmp_path_factory.mktemp('network') / 'm.safetensors'
     torch.manual_seed(0)
-    model = timm.create_model('resnet20_cifar', layers=(2, 1), widths=(4, 4), num_classes=10)
+    model = timm.create_model('resnet20_cifar', layers=(1, 1, 1), num_classes=10)
     model.pretrained_cfg['input_size'] = (3, 8, 8)
     save_model(model, path)
     return str(path)
@@ -38,16 +44,25 @@ def quick(monkeypatch, tmp_path):
     """What takes seconds is replaced; all that reads and checks arguments stays. Works in an empty folder."""
     (tmp_path / 'work').mkdir()
     monkeypatch.chdir(tmp_path / 'work')
-    monkeypatch.setattr('timm_lean.training.train', lambda config: dict(best_top1=0., best_epoch=1, output=''))
-    monkeypatch.setattr('timm_lean.training.evaluate.evaluate_source', lambda *args, **kwargs: dict(
-        top1=0., top5=0., loss=0., images=1, images_per_second=1.))
-    monkeypatch.setattr('timm_lean.training.finetune.finetune', lambda file, **settings: check_finetune(**settings))
-    monkeypatch.setattr('timm_lean.measure.report.measure_latency', lambda models, *rest: [(1., 0., 1)] * len(models))
-    monkeypatch.setattr('timm_lean.export.table.measure_latency', lambda models, *rest: [(1., 0., 1)] * len(models))
-    monkeypatch.setattr('timm_lean.training.depth_sweep.run_sweep', lambda sweep: [])
-    monkeypatch.setattr('timm_lean.depth.entropy.dataset_entropy', _no_images)
-    for form in ('onnx', 'torch_export'):
-        monkeypatch.setattr(f'timm_lean.export.table.save_{form}', lambda *args: 0.)
+    stubs = {
+        'training.train': lambda config: dict(best_top1=0., best_epoch=1, output=''),
+        'training.evaluate.evaluate_source': lambda *args, **kwargs: dict(
+            top1=0., top5=0., loss=0., images=1, images_per_second=1.),
+        'training.finetune.finetune': lambda file, **settings: check_finetune(**settings),
+        'training.depth_sweep.run_sweep': lambda sweep: [],
+        'measure.report.measure_latency': _no_latency,
+        'export.table.measure_latency': _no_latency,
+        'export.table.save_onnx': lambda *args: 0.,
+        'export.table.save_torch_export': lambda *args: 0.,
+        'depth.entropy.dataset_entropy': _no_images,
+    }
+    for name, stub in stubs.items():
+        module, _, function = name.rpartition('.')
+        monkeypatch.setattr(import_module(f'timm_lean.{module}'), function, stub)
+
+
+def _no_latency(models, *args):
+    return [(1., 0., 1)] * len(models)
 
 
 def _no_images(*args, **kwargs):
@@ -64,13 +79,15 @@ def _line(rng: random.Random, network: str) -> list[str]:
         line += [*(['--model'] if name == 'train' else []), rng.choice([*[network] * 20, 'resnet20_cifar', *TEXTS])]
     if name == 'predict':
         line.append(rng.choice(TEXTS))
-    chosen = rng.sample(actions, min(len(actions), rng.randrange(6))) + [
-        a for a in actions if a.required or (a.dest in ('similarity', 'criteria', 'params') and rng.random() < 0.5)]
+    chosen = [a for a in actions if a.required or rng.random() < 0.1]
+    if name in ('share', 'prune', 'analyze'):
+        chosen += [a for a in actions if a.dest in ('amount', 'energy', 'similarity', 'random_weights')]
     for action in chosen:
-        option = rng.choice(action.option_strings)
-        takes = action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction)
-        values = NUMBERS if action.type else [*TEXTS, *NUMBERS, *(action.choices or ())]
-        line += [option, rng.choice(values)] if takes else [option]
+        line.append(rng.choice(action.option_strings))
+        if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
+            good = action.choices or GOOD.get(action.dest) or (['1', '2', '0.5'] if action.type else ['x'])
+            wrong = NUMBERS if action.type else [*TEXTS, *NUMBERS]
+            line.append(rng.choice(list(good) if rng.random() < 0.8 else wrong))
     return line
 
 
