@@ -344,6 +344,17 @@ def test_channels_that_cannot_be_followed_stay(name):
     assert small.lean_report.params[1] < 0.9 * small.lean_report.params[0]
 
 
+def test_groups_are_torch_prunings_own():
+    """Looked up in a set, found one by one: the same groups in the same order."""
+    model = model_of('mobilenetv3_small_050')
+    graph = build_graph(model, image())
+    ours, lost = channel_groups(graph, [model.classifier])
+    theirs = graph.get_all_groups(ignored_layers=[model.classifier], root_module_types=(nn.Conv2d, nn.Linear))
+    plain = [[[(dep.target.name, dep.handler, list(idxs)) for dep, idxs in group] for group in groups]
+             for groups in (ours, theirs)]
+    assert plain[0] == plain[1] and len(ours) > 10 and not lost
+
+
 def test_a_grouped_layer_that_reads_a_concatenation_is_taken_whole_or_not_at_all():
     """Channels of `a` lie in the first two of five groups, so no equal share of the five can leave it alone."""
     class Net(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.utils import unwrap_model
 
 from timm_lean.checkpoint.recipe import has_step, record_step, register_step
 from timm_lean.errors import LeanError
@@ -250,7 +251,7 @@ def prune_kernels(
     Raises:
         LeanError: As `KernelPruner`.
     """
-    new = copy.deepcopy(model)
+    new = copy.deepcopy(unwrap_model(model))
     report = KernelPruner(
         new, criterion=criterion, threshold=threshold, contrib=contrib, amount=amount, scope=scope, include=include,
         exclude=exclude, min_keep=min_keep, seed=seed, again=again).prune()

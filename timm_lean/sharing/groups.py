@@ -70,7 +70,7 @@ def find_groups(
         if has_step(model, 'prune_kernels') and not all((convs[n].weight != 0).flatten(2).any(2).all() for n in names):
             raise LeanError(f'The kernels of {names[0]} and its group have been pruned, and a shared basis would fill '
                             'them in. Share first and prune the shared network: share(), then prune_kernels(). Or '
-                            f'leave the pruned layers alone: exclude={names[0]!r}.')
+                            'leave the pruned layers alone by exclude.')
         if not rows.isfinite().all():
             raise LeanError(f'The weights of {names[0]} and its group hold values that are not finite.')
         _, singular, basis = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
