@@ -1,0 +1,205 @@
+"""Calibration of whole networks: what it must keep, what it must improve, and what it must refuse."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import randomize_batchnorm
+
+from timm_lean import LeanError, share
+from timm_lean.calibration import calibrate
+from timm_lean.calibration.walk import Survey, Walk, hooked
+from timm_lean.layers import FilterBasis
+from timm_lean.models.resnet_cifar import CifarResNet
+from timm_lean.pruning import KernelPruner
+
+
+def network(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    kwargs = {'layers': (2, 2), 'channels': (8, 16), **kwargs}
+    return randomize_batchnorm(CifarResNet(**kwargs)).eval()
+
+
+def pruned(model, amount=0.5):
+    new = copy.deepcopy(model)
+    KernelPruner(new, 'spectral_norm', amount=amount).prune()
+    return new
+
+
+@pytest.fixture(scope='module')
+def images():
+    """Smooth random images: neighbouring pixels are alike, as in photographs."""
+    noise = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(noise, size=16, mode='bilinear')
+
+
+@pytest.fixture(scope='module')
+def unseen():
+    noise = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(noise, size=16, mode='bilinear')
+
+
+def error(model, original, x):
+    with torch.no_grad():
+        y = original(x)
+        return float((model(x) - y).norm() / y.norm())
+
+
+def test_pruned_kernels(images, unseen):
+    original = network()
+    model = pruned(original)
+    before = copy.deepcopy(model.state_dict())
+    new = calibrate(model, original, images.split(20))
+    assert error(new, original, unseen) < 0.6 * error(model, original, unseen)
+    for (name, a), b in zip(model.named_parameters(), new.parameters(), strict=True):
+        if a.ndim == 4:
+            assert torch.equal(a.flatten(2).any(2), b.flatten(2).any(2)), name
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert not new.training
+    report = new.calibration_report
+    assert (report.images, report.held_out) == (48, 16) and report.after < report.before
+    assert report.after == pytest.approx(error(new, original, images[3::4]), rel=1e-4)
+    assert all(layer.after <= layer.before for layer in report.layers)
+    aims = {layer.name: layer.aim for layer in report.layers}
+    assert aims['conv1'] == 'output' and aims['layer1.0.conv2'] == aims['layer2.1.conv2'] == 'sum'
+    assert 'layer1.0.conv1' in str(report) and report.to_dict()['rounds'] == 1
+
+
+def test_shared_bases(images, unseen):
+    original = network()
+    model = share(original, shared_rank=12, unique_rank=1)
+    new = calibrate(model, original, [images])
+    assert error(new, original, unseen) < 0.8 * error(model, original, unseen)
+    bases = [m for m in new.modules() if isinstance(m, FilterBasis)]
+    assert len({id(b.weight) for b in bases if b.num_filters == 12}) == 2
+    assert new.layer1[0].conv1.basis is new.layer1[1].conv2.basis
+    rows = new.layer1[0].conv1.basis.weight.detach().flatten(1)
+    assert torch.allclose(rows @ rows.T, torch.eye(12), atol=1e-5)
+    assert new.state_dict().keys() == model.state_dict().keys()
+
+
+def test_what_loses_nothing_stays(images):
+    original = network()
+    for model in (original, pruned(original, 0), share(original, energy=1.)):
+        new = calibrate(model, original, [images])
+        assert error(new, original, images) < 1e-6
+        assert error(new, original, images) <= error(model, original, images) + 1e-9
+
+
+def test_frozen_layers_stay(images):
+    original = network()
+    model = pruned(original)
+    model.layer1.requires_grad_(False)
+    new = calibrate(model, original, [images])
+    for (name, a), b in zip(model.layer1.state_dict().items(), new.layer1.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(model.layer2[1].conv2.weight, new.layer2[1].conv2.weight)
+
+
+class Channels(nn.Module):
+    """A depthwise and a grouped convolution, a linear layer called three times, and a convolution with a bias."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.depth = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.pair = nn.Conv2d(width, width, 3, groups=2)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.norm(self.depth(self.stem(x).relu())).relu()
+        x = self.pair(x).relu()
+        return [self.head(part.mean((2, 3))) for part in (x, x[:, :, ::2], x[:, :, :, :3])]
+
+
+def test_lost_channels_need_kept(images, unseen):
+    torch.manual_seed(0)
+    original = randomize_batchnorm(Channels()).eval()
+    kept = [0, 2, 3, 4, 5, 7]
+    model = Channels(6)
+    state = original.state_dict()
+    with torch.no_grad():
+        for name in ('stem', 'depth', 'norm'):
+            for key, value in getattr(model, name).state_dict().items():
+                value.copy_(state[f'{name}.{key}'][kept] if value.ndim else state[f'{name}.{key}'])
+        model.pair.weight.copy_(state['pair.weight'][kept][:, [0, 2, 3]])
+        model.pair.bias.copy_(state['pair.bias'][kept])
+        model.head.weight.copy_(state['head.weight'][:, kept])
+        model.head.bias.copy_(state['head.bias'])
+    model.eval()
+    with pytest.raises(LeanError, match=r'stem has 6 of the 8 output channels of the original.*kept='):
+        calibrate(model, original, [images])
+    new = calibrate(model, original, [images], kept=dict.fromkeys(('stem', 'depth', 'pair'), kept))
+
+    def lost(net):
+        with torch.no_grad():
+            return sum(float((a - b).square().sum()) for a, b in zip(net(unseen), original(unseen), strict=True))
+    assert lost(new) < 0.5 * lost(model)
+
+
+@pytest.mark.parametrize('batches, message', [
+    ([], 'needs images'), ([torch.zeros(3, 3, 16, 16)], 'at least 4'), (['x'], 'got str'),
+    ([torch.full((8, 3, 16, 16), torch.nan)], 'NaN'), ([torch.zeros(8, 1, 16, 16)], 'does not take'),
+    ([torch.zeros(8, 3, 16, 16, dtype=torch.uint8)], 'uint8'), (torch.zeros(8, 3, 16, 16), 'one tensor')])
+def test_unusable_images(batches, message):
+    original = network()
+    with pytest.raises(LeanError, match=message):
+        calibrate(pruned(original), original, batches)
+
+
+@pytest.mark.parametrize('batch', [
+    torch.randn(1, 3, 16, 16).repeat(8, 1, 1, 1), torch.rand(8, 3, 1, 1).expand(-1, -1, 16, 16), torch.zeros(8, 3, 16, 16),
+    torch.randn(5, 3, 16, 16)], ids=['one image repeated', 'one colour', 'black', 'five images'])
+def test_poor_images_do_no_harm(batch):
+    original = network()
+    model = pruned(original)
+    report = calibrate(model, original, [batch]).calibration_report
+    assert report.after <= report.before
+
+
+def test_another_original(images):
+    with pytest.raises(LeanError, match="no layer 'layer2.1.conv1'"):
+        calibrate(pruned(network()), network(layers=(2, 1)), [images])
+
+
+def test_labels_are_not_looked_at_and_batches_do_not_matter(images):
+    original = network()
+    model = pruned(original)
+    one = calibrate(model, original, [(images, object())], reestimate_bn=False)
+    again = calibrate(model, original, [[images, None]], reestimate_bn=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('name, joins', [
+    ('resnet10t', {'layer1.0.conv2', 'layer2.0.conv2', 'layer3.0.conv2', 'layer4.0.conv2'}),
+    ('mobilenetv2_035', {f'blocks.{i}.conv_pwl' for i in ('1.1', '2.1', '2.2', '3.1', '3.2', '3.3', '4.1', '4.2', '5.1', '5.2')}),
+    ('seresnet18', set())])
+def test_the_last_layers_of_residual_branches(name, joins):
+    model = timm.create_model(name).eval()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    survey = Survey().run(model, names, torch.randn(2, 3, 64, 64))
+    found = set(survey.joins)
+    if name == 'seresnet18':  # the attention stands between; the shortcut's convolution still ends in the sum
+        assert all('downsample' in n for n in found)
+    else:
+        assert found == {n.replace('conv_pwl', 'conv_pwl') for n in joins} or found == {
+            n for n in names if n.endswith(('conv_pwl', 'conv2')) and n in joins}
+
+
+def test_a_walk_stops_where_it_is_told():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    with hooked(model, ['0', '2']):
+        walk = Walk(lambda: model(x))
+        stop = walk.to('2')
+        assert torch.equal(stop.inputs, model[:2](x))
+        with torch.no_grad():
+            model[2].weight.zero_()  # what comes later sees the new weights
+        assert torch.equal(walk.finish(), model[2].bias.expand(4, 2))
+        assert walk.to('0') is None
+        given_up = Walk(lambda: model(x))
+        given_up.to('0')
+        given_up.close()
+    assert not model[0]._forward_hooks

@@ -1,0 +1,297 @@
+"""`calibrate`: the order in which layers are fitted, and the guards that keep what does not help out."""
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from timm_lean.errors import LeanError
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.shared_basis import bn_scale_shift
+
+from .batchnorm import reestimate
+from .fleet import Fleet, Pair, fleet
+from .groups import BasisGroup, find_groups
+from .images import Chunk, load_chunks
+from .layers import LinearMap, is_layer, linear_map, rows_of
+from .moments import Moments, all_reduce
+from .report import CalibrationReport, LayerFit
+from .walk import Join, Survey, evaluation
+
+__all__ = ['calibrate']
+
+LOSSLESS = 1e-5  # relative error of a layer's output that is rounding
+_NEAR_ZERO = 1e-3  # scale of a channel, relative to the largest, that a target is not divided by
+
+
+@torch.no_grad()
+def calibrate(
+        model: nn.Module,
+        original: nn.Module,
+        batches: Iterable[Any],
+        *,
+        kept: Mapping[str, Sequence[int]] | None = None,
+        ridge: float = 1e-3,
+        rounds: int = 2,
+        positions: int = 64,
+        reestimate_bn: bool = True,
+        memory_limit: float = 4e9,
+        progress: bool = False,
+) -> nn.Module:
+    """Choose a compressed network's weights anew, so that its layers give what the original's give.
+
+    Args:
+        model: The compressed network; it is not changed.
+        original: The network it was made from.
+        batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them. A quarter is held out.
+        kept: Output channels that are left of the original's, by layer; for layers that lost channels.
+        ridge: Penalty on a change of weights, relative to the mean square of a layer's inputs.
+        rounds: Rounds of fitting shared bases jointly and then all layers front to back. Without shared bases one is
+            enough, and one is made.
+        positions: Positions of each image that a layer is fitted to, at most.
+        reestimate_bn: Measure the batch norms' statistics anew at the end, if that lowers the output error.
+        memory_limit: Bytes that activations may take.
+        progress: Show a progress bar.
+
+    Returns:
+        A new network in the mode of the given one, with `.calibration_report`.
+
+    Raises:
+        LeanError: No images or unusable ones, or an original that is not the network's.
+    """
+    chunks = load_chunks(batches)
+    new = deepcopy(model)
+    with evaluation(original, new):
+        _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, progress).run(rounds, reestimate_bn)
+    return new
+
+
+class _Calibration:
+    """One calibration, in place."""
+
+    def __init__(
+            self, new: nn.Module, original: nn.Module, chunks: list[Chunk], kept: dict[str, Sequence[int]],
+            ridge: float, positions: int, progress: bool):
+        self.new, self.original, self.chunks, self.kept = new, original, chunks, kept
+        self.ridge, self.positions, self.progress = ridge, positions, progress
+        parameter = next(new.parameters())
+        self.device = parameter.device
+        self.names = [name for name, module in new.named_modules() if is_layer(module)]
+        inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
+        self.names = [name for name in self.names if not name.startswith(tuple(inside))]
+        self._check()
+        sample = chunks[0].images[:1].to(self.device).repeat(2, *[1] * (chunks[0].images.ndim - 1))
+        try:
+            self.survey = Survey().run(new, self.names, sample)
+            there = dict(original.named_modules())
+            self.survey0 = Survey().run(original, [name for name in self.names if name in there], sample)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as e:
+            raise LeanError(f'{type(new).__name__} does not take the calibration images {list(sample.shape[1:])}: '
+                            f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
+        self.joins = self.survey.joins.keys() & self.survey0.joins.keys()
+        self.norms = _by_running_mean(new), _by_running_mean(original)
+
+    def run(self, rounds: int, reestimate_bn: bool) -> None:
+        report = CalibrationReport()
+        report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
+        report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
+        self.truth = self._outputs(self.original)
+        report.before = report.after = self._output_error()
+        groups = find_groups(self.new, self.original, self.names)
+        best = _state(self.new)
+        for number in range(rounds if groups else 1):
+            fits: list[LayerFit] = []
+            if groups:
+                fits += self._fit_groups(groups, first=number == 0)
+            fits += self._fit_layers()
+            error = self._output_error()
+            if not error < report.after:
+                _restore(self.new, best)
+                break
+            report.after, report.layers, report.rounds, best = error, fits, number + 1, _state(self.new)
+        if reestimate_bn and reestimate(self.new, self.chunks, self.device):
+            error = self._output_error()
+            report.reestimated = error < report.after
+            if report.reestimated:
+                report.after = error
+            else:
+                _restore(self.new, best)
+        self.new.calibration_report = report  # type: ignore[assignment]
+
+    def _check(self) -> None:
+        there = dict(self.original.named_modules())
+        for name in self.names:
+            if name not in there:
+                raise LeanError(f'The original has no layer {name!r}: {type(self.original).__name__} is not the '
+                                f'network that {type(self.new).__name__} was made from.')
+
+    # front to back -------------------------------------------------------------------------------------------------
+
+    def _fit_layers(self) -> list[LayerFit]:
+        points = [(name, joined) for name, joined in self.survey.order if joined == (name in self.joins)]
+        fits = []
+        with fleet(self.original, self.new, self.names, self.chunks, self.device) as ships:
+            for index, (name, joined) in enumerate(tqdm(points, 'calibrate', disable=not self.progress, leave=False)):
+                fit = self._fit_layer(ships, index, name, joined)
+                if fit is not None:
+                    fits.append(fit)
+        return fits
+
+    def _fit_layer(self, ships: Fleet, index: int, name: str, joined: bool) -> LayerFit | None:
+        """Fit one layer, with all passes standing at it."""
+        norm, norm0 = (norms.get(id(survey.norms.get(name))) for norms, survey in zip(
+            self.norms, (self.survey, self.survey0), strict=True))
+        layer = linear_map(self.new.get_submodule(name), norm if norm0 is not None else None)
+        if layer is None:
+            return None
+        train, held = (Moments(layer.groups, layer.filters, layer.size, device=self.device) for _ in range(2))
+        calls = self.survey.counts[name]
+        joins = []
+        for pair in ships.pairs:
+            for call in range(calls):
+                inputs, lacking, targets, join = self._samples(pair, index, layer, name, call, joined, norm, norm0)
+                joins.append(join)
+                mask = pair.chunk.held.repeat_interleave(len(inputs) // len(pair.chunk.held)).to(self.device)
+                for moments, chosen in ((train, ~mask), (held, mask)):
+                    moments.add(inputs[chosen], lacking[chosen], targets[chosen])
+        for moments in (train, held):
+            moments.reduce()
+        change, before, after = None, float(held.error.sum()), float(held.error.sum())
+        if before > LOSSLESS ** 2 * float(held.energy.sum()):
+            change = train.solve(self.ridge, layer.free, layer.bias)
+            errors = held.error_after(change)
+            helps = errors < held.error  # filter by filter
+            change = change * helps[..., None]
+            after = float(torch.where(helps, errors, held.error).sum())
+            shift = change[..., -1].flatten() if layer.bias and norm is not None else None
+            layer.assign(layer.weight + change)
+            for join in joins:
+                if join is not None:
+                    self._go_on(join, layer, shift)
+        if calls > 1:
+            ships.start()
+        scale = max(float(held.energy.sum()), 1e-30)
+        return LayerFit(name, 'sum' if joined else 'output', (before / scale) ** 0.5, (max(after, 0.) / scale) ** 0.5,
+                        train.count)
+
+    def _samples(
+            self, pair: Pair, index: int, layer: LinearMap, name: str, call: int, joined: bool,
+            norm: nn.Module | None, norm0: nn.Module | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Join | None]:
+        """Inputs, what the outputs lack, what they should be, of one piece at one layer."""
+        there, here = (walk.to(name, call, joined) for walk in (pair.original, pair.ours))
+        if there is None or here is None:
+            raise LeanError(f'The original does not run the layer {name!r} as the compressed network does: it is not '
+                            'the network that it was made from.')
+        rows0 = rows_of(layer.layer, there.outputs)
+        count = rows0.shape[1]
+        chosen = None
+        if count > self.positions:
+            generator = torch.Generator().manual_seed(1_000_003 * index + 1009 * pair.index + call)
+            chosen = torch.randperm(count, generator=generator)[:self.positions].sort().values.to(self.device)
+
+        def sampled(y: torch.Tensor) -> torch.Tensor:
+            rows = rows_of(layer.layer, y)
+            return (rows if chosen is None else rows[:, chosen]).flatten(0, 1)
+
+        channels = self._channels(name, rows0.shape[2], layer)
+        inputs = layer.inputs(here.inputs, chosen)
+        outputs = torch.einsum('ngd,god->ngo', inputs, layer.weight).flatten(1)
+        targets = sampled(there.outputs)[:, channels]
+        if norm is not None and norm0 is not None:
+            targets = _through_norms(targets, norm0, norm, channels)
+        if joined:
+            gap = (sampled(there.branch)[:, channels] + sampled(there.other)[:, channels]
+                   - sampled(here.branch) - sampled(here.other))
+            scale = torch.ones_like(gap[0]) if here.scale is None else here.scale
+            usable = scale.abs() > _NEAR_ZERO * scale.abs().max()
+            targets = torch.where(usable, outputs + gap / torch.where(usable, scale, 1.), targets)
+        lacking = targets - outputs
+        shape = (len(inputs), layer.groups, layer.filters)
+        return inputs, lacking.view(shape), targets.view(shape), here if joined else None
+
+    def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
+        here = layer.groups * layer.filters
+        if name in self.kept:
+            index = torch.as_tensor(self.kept[name], dtype=torch.long, device=self.device)
+            if len(index) == here and (not here or int(index.max()) < there):
+                return index
+        elif here == there:
+            return slice(None)
+        raise LeanError(f'{name} has {here} of the {there} output channels of the original: calibrate() needs to know '
+                        f'which; give kept={{{name!r}: [...]}}, as the techniques do with calibration=.')
+
+    def _go_on(self, join: Join, layer: LinearMap, shift: torch.Tensor | None) -> None:
+        """Put the new output of a layer where its pass waits to add the old one."""
+        assert join.branch is not None
+        outputs = layer.layer(join.inputs)
+        if shift is not None:
+            outputs = outputs + shift.to(outputs.dtype).view(-1, *[1] * (outputs.ndim - 2))
+        join.branch.copy_(join.through(outputs))
+
+    # shared bases --------------------------------------------------------------------------------------------------
+
+    def _fit_groups(self, groups: list[BasisGroup], first: bool) -> list[LayerFit]:
+        """Fit all shared bases from one pass; the first time on the original's inputs."""
+        group_of = {name: group for group in groups for name in group.names}
+        left = {name: self.survey.counts.get(name, 0) for name in group_of}
+        fits = []
+        with fleet(self.original, self.new, self.names, self.chunks, self.device) as ships:
+            for index, (name, call) in enumerate(self.survey.calls):
+                if name not in group_of:
+                    continue
+                group = group_of[name]
+                for pair in ships.pairs:
+                    there = pair.original.to(name, call)
+                    here = there if first else pair.ours.to(name, call)
+                    group.add(name, here.inputs, there.outputs, ~pair.chunk.held, self.positions,
+                              1_000_003 * index + pair.index)
+                left[name] -= 1
+                if not any(left[other] for other in group.names):
+                    fits.append(group.fit(self.ridge, first))
+        return fits
+
+    # the network's output ------------------------------------------------------------------------------------------
+
+    def _outputs(self, network: nn.Module) -> list[list[torch.Tensor]]:
+        """A network's outputs for the held-out images."""
+        outputs = []
+        for chunk in self.chunks:
+            if bool(chunk.held.any()):
+                leaves = tree_leaves(network(chunk.images[chunk.held].to(self.device)))
+                outputs.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        return outputs
+
+    def _output_error(self) -> float:
+        sums = torch.zeros(2, dtype=torch.float64)
+        for outputs, truth in zip(self._outputs(self.new), self.truth, strict=True):
+            for a, b in zip(outputs, truth, strict=True):
+                sums += torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()]).cpu()
+        all_reduce([sums])
+        return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+
+
+def _through_norms(y: torch.Tensor, norm0: nn.Module, norm: nn.Module, channels: Any) -> torch.Tensor:
+    """Outputs `[n, C]` that give behind our batch norm what the original's give behind its own."""
+    (scale0, shift0), (scale, shift) = bn_scale_shift(norm0), bn_scale_shift(norm)
+    usable = scale.abs() > _NEAR_ZERO * scale.abs().max()
+    factor = torch.where(usable, scale0[channels] / torch.where(usable, scale, 1.), 1.)
+    term = torch.where(usable, (shift0[channels] - shift) / torch.where(usable, scale, 1.), 0.)
+    return y * factor.to(y.dtype) + term.to(y.dtype)
+
+
+def _by_running_mean(model: nn.Module) -> dict[int, nn.Module]:
+    """Batch norms that may be changed, by the identity of their running mean."""
+    return {id(m.running_mean): m for m in model.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _restore(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(state)

@@ -1,0 +1,161 @@
+"""The basis that a group of layers shares, fitted to all of them at once.
+
+Layer l with coefficients `C_l` and filters `F_l` (its unique ones above the shared ones, `B`) computes `C_l F_l x`.
+Wanted is the least of `sum_l w_l tr((C_l F_l - T_l) H_l (C_l F_l - T_l)^T)`, `H_l` the second moments of its inputs with
+the ridge, `T_l H_l = G_l` what it should give, `w_l` the inverse energy of its outputs. No single singular value
+decomposition solves this, as the `H_l` differ. One whitened by their mean is the start; then coefficients, unique
+filters and basis are solved for in turn, each exactly while the others stand still.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .solver import conjugate_gradients
+
+__all__ = ['SharedLayer', 'alternate', 'whitened_basis', 'whitened_singular']
+
+_STEPS = 100
+
+
+@dataclass
+class SharedLayer:
+    """One layer of a group.
+
+    Attributes:
+        gram: `H_l`, `[d, d]`, ridge included.
+        target: `G_l`, `[out, d]`, ridge times the original's weights included.
+        weight: `w_l`.
+        mix: Coefficients, `[out, unique + shared]`; None where the filters are the outputs.
+        unique: Filters of the layer alone, `[unique, d]`.
+        live_mix: Mask of the coefficients that may change; all if None.
+        live_unique: Mask of the unique filters' entries that may change; all if None.
+    """
+    gram: torch.Tensor
+    target: torch.Tensor
+    weight: float
+    mix: torch.Tensor | None
+    unique: torch.Tensor
+    live_mix: torch.Tensor | None = None
+    live_unique: torch.Tensor | None = None
+
+    def fit_mix(self, basis: torch.Tensor) -> None:
+        """The best coefficients for the filters as they are."""
+        if self.mix is None:
+            return
+        filters = torch.cat([self.unique, basis])
+        gram = filters @ self.gram @ filters.T
+        right = self.target @ filters.T
+        if self.live_mix is None:
+            gram = gram + 1e-10 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            self.mix = torch.linalg.solve(gram, right.T).T
+        else:
+            rest = right - self.mix @ gram
+            self.mix = self.mix + conjugate_gradients(
+                lambda x: x @ gram, rest, _positive(gram.diagonal()), self.live_mix, max_steps=_STEPS)
+
+    def fit_unique(self, basis: torch.Tensor) -> None:
+        """The best unique filters for the coefficients and the basis as they are."""
+        if self.mix is None or not len(self.unique):
+            return
+        own, common = self.mix.split([len(self.unique), len(basis)], 1)
+        square = own.T @ own
+        rest = own.T @ (self.target - self.mix @ torch.cat([self.unique, basis]) @ self.gram)
+        self.unique = self.unique + conjugate_gradients(
+            lambda x: square @ x @ self.gram, rest, _positive(square.diagonal()[:, None] * self.gram.diagonal()),
+            self.live_unique, (-2, -1), max_steps=_STEPS)
+
+    def loss(self, basis: torch.Tensor) -> float:
+        """The layer's part of what is minimized, up to a constant."""
+        filters = torch.cat([self.unique, basis])
+        weight = filters if self.mix is None else self.mix @ filters
+        return self.weight * float((weight * (weight @ self.gram - 2 * self.target)).sum())
+
+
+def whitened_singular(layers: list[SharedLayer], originals: list[torch.Tensor]) -> torch.Tensor:
+    """Singular values of the stacked filters, whitened by the mean of the layers' moments."""
+    return torch.linalg.svdvals(_whitened(layers, originals)[0])
+
+
+def whitened_basis(layers: list[SharedLayer], originals: list[torch.Tensor], rank: int) -> torch.Tensor:
+    """The start: the leading directions of the stacked filters, whitened by the mean of the layers' moments.
+
+    Returns:
+        `[rank, d]`
+    """
+    stacked, lower = _whitened(layers, originals)
+    leading = torch.linalg.svd(stacked, full_matrices=False)[2][:rank]
+    return torch.linalg.solve_triangular(lower, leading, upper=False, left=False)
+
+
+def whitened_unique(layer: SharedLayer, original: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The leading directions of what a basis leaves of one layer, whitened by its own moments; `[unique, d]`."""
+    lower = torch.linalg.cholesky(layer.gram)
+    filters = torch.linalg.qr((basis @ lower).T)[0]
+    rows = original @ lower
+    leading = torch.linalg.svd(rows - rows @ filters @ filters.T, full_matrices=False)[2][:len(layer.unique)]
+    return torch.linalg.solve_triangular(lower, leading, upper=False, left=False)
+
+
+def alternate(
+        layers: list[SharedLayer], basis: torch.Tensor, rounds: int, live: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Solve for coefficients, unique filters and the basis in turn.
+
+    Args:
+        layers: The group; their coefficients and unique filters are replaced.
+        basis: The basis to start from, `[r, d]`.
+        rounds: Turns.
+        live: Mask of the basis's entries that may change; all if None.
+
+    Returns:
+        The basis.
+    """
+    for _ in range(rounds):
+        for layer in layers:
+            layer.fit_mix(basis)
+            layer.fit_unique(basis)
+        basis = _fit_basis(layers, basis, live)
+    for layer in layers:
+        layer.fit_mix(basis)
+    return basis
+
+
+def orthonormalize(layers: list[SharedLayer], basis: torch.Tensor) -> torch.Tensor:
+    """The basis with orthonormal rows; the coefficients take the triangular factor, so that the layers stay the same."""
+    rows, upper = torch.linalg.qr(basis.T)  # B = upper^T rows^T
+    for layer in layers:
+        assert layer.mix is not None
+        layer.mix[:, len(layer.unique):] = layer.mix[:, len(layer.unique):] @ upper.T
+    return rows.T
+
+
+def _fit_basis(layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """The best basis for coefficients and unique filters as they are, by conjugate gradients from where it is."""
+    rest, diagonal = torch.zeros_like(basis), torch.zeros_like(basis)
+    parts = []
+    for layer in layers:
+        if layer.mix is None:
+            common = None
+            lacking = layer.target - basis @ layer.gram
+            square = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+        else:
+            common = layer.mix[:, len(layer.unique):]
+            lacking = common.T @ (layer.target - layer.mix @ torch.cat([layer.unique, basis]) @ layer.gram)
+            square = common.T @ common
+        rest += layer.weight * lacking
+        diagonal += layer.weight * square.diagonal()[:, None] * layer.gram.diagonal()
+        parts.append((layer.weight * square, layer.gram))
+    return basis + conjugate_gradients(
+        lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest, _positive(diagonal),
+        live, (-2, -1), max_steps=_STEPS)
+
+
+def _whitened(layers: list[SharedLayer], originals: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    total = sum(layer.weight * layer.gram for layer in layers)
+    assert isinstance(total, torch.Tensor)
+    lower = torch.linalg.cholesky(total / len(layers))
+    return torch.cat([layer.weight ** 0.5 * (rows @ lower) for layer, rows in zip(layers, originals, strict=True)]), lower
+
+
+def _positive(diagonal: torch.Tensor) -> torch.Tensor:
+    return diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)

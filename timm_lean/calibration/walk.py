@@ -1,0 +1,356 @@
+"""Forward passes that pause at chosen layers, so that a layer is fitted before what follows it is computed.
+
+All pieces of the calibration images stand at the same layer at the same time, each in a forward pass of its own; when
+the layer has its new weights, all go on. So every image runs through a network once, whatever the network's code does
+between its layers. A pass lives in a thread, of which one at a time runs: they are coroutines, not parallel work.
+
+A layer at the end of a residual branch pauses where its output is added (`Join`), not where it is computed.
+"""
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ['Join', 'Stop', 'Survey', 'Walk', 'evaluation', 'hooked']
+
+_ADDITIONS = {'add', 'add_', '__add__', '__iadd__', '__radd__'}
+_PRODUCTS = {'mul', 'mul_', '__mul__', '__imul__', '__rmul__'}
+_HARMLESS = {'__get__', '__set__', '__delete__', 'size', 'dim', 'detach'}  # `x.shape` is a `__get__`
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What a pass has at a layer.
+
+    Attributes:
+        inputs: The layer's input.
+        outputs: Its output; None in a pass that pauses before the layer.
+    """
+    inputs: torch.Tensor
+    outputs: torch.Tensor | None
+
+
+@dataclass
+class Join:
+    """An addition that a layer's output reaches through nothing but a scale and a shift per channel.
+
+    Attributes:
+        layer: Name of the layer.
+        inputs: The layer's input.
+        outputs: Its output.
+        scale: `[C]`, or None for 1.
+        shift: `[C]`, or None for 0.
+        norm: `running_mean` of the batch norm right behind the layer, None if there is none.
+        uses: How many operations looked at the tensor that this marks.
+        branch: What is added, `scale * outputs + shift`.
+        other: What it is added to; both set at the addition.
+    """
+    layer: str
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    uses: int = 0
+    branch: torch.Tensor | None = None
+    other: torch.Tensor | None = None
+
+    def through(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The branch that belongs to an output of the layer."""
+        dim = _channel_dim(outputs)
+        for factor, apply in ((self.scale, torch.mul), (self.shift, torch.add)):
+            if factor is not None:
+                outputs = apply(outputs, factor.view([-1 if i == dim else 1 for i in range(outputs.ndim)]))
+        return outputs
+
+    def scaled(self, factor: torch.Tensor) -> 'Join':
+        scale = factor if self.scale is None else self.scale * factor
+        shift = None if self.shift is None else self.shift * factor
+        return replace(self, scale=scale, shift=shift, uses=0)
+
+    def shifted(self, term: torch.Tensor) -> 'Join':
+        return replace(self, shift=term if self.shift is None else self.shift + term, uses=0)
+
+
+class Walk:
+    """One forward pass, to be moved from pause to pause.
+
+    Args:
+        forward: Runs the pass and returns its output. It must run modules that `hooked` watches.
+        after: Pause after layers, with their outputs, not before them.
+    """
+
+    def __init__(self, forward: Callable[[], Any], after: bool = False):
+        self.after = after
+        self.output: Any = None
+        self._wanted: tuple[str, int] | None = None
+        self._joined = False
+        self._calls: dict[str, int] = {}
+        self._event: Stop | Join | None = None
+        self._error: BaseException | None = None
+        self._closed = self._done = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(forward,), daemon=True)
+        self._thread.start()
+
+    def to(self, layer: str, call: int = 0, joined: bool = False) -> Any:
+        """Go on to a call of a layer, or to the addition its output reaches.
+
+        Returns:
+            A `Stop` or a `Join`; None if the pass ended without getting there.
+        """
+        self._wanted, self._joined = (layer, call), joined
+        return self._resume()
+
+    def finish(self) -> Any:
+        """Run to the end; returns the output."""
+        self._wanted = None
+        self._resume()
+        return self.output
+
+    def close(self) -> None:
+        """Give the pass up."""
+        self._closed = True
+        self._go.release()
+        self._thread.join()
+        self._event = self.output = None
+
+    def _resume(self) -> Any:
+        if not self._done:
+            self._event = None
+            self._go.release()
+            self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._event
+
+    def _run(self, forward: Callable[[], Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self._closed:
+                _thread.walk = self
+                with torch.no_grad(), _Additions(self):
+                    self.output = forward()
+        except _Closed:
+            pass
+        except BaseException as e:  # raised again where the pass is moved from
+            self._error = e
+        finally:
+            self._done, self._event = True, None
+            self._stopped.release()
+
+    def _pause(self, event: Stop | Join) -> None:
+        self._event = event
+        del event
+        self._stopped.release()
+        self._go.acquire()
+        if self._closed:
+            raise _Closed
+
+    def before_layer(self, name: str, inputs: torch.Tensor) -> None:
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        if self._wanted == (name, call) and not self._joined and not self.after:
+            self._pause(Stop(inputs, None))
+
+    def after_layer(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        if self._wanted == (name, self._calls[name]):
+            if self._joined:
+                _mark(outputs, Join(name, inputs, outputs.detach()))
+            elif self.after:
+                self._pause(Stop(inputs, outputs))
+
+    def at_addition(self, join: Join) -> None:
+        if self._wanted is not None and self._joined and self._wanted[0] == join.layer:
+            self._pause(join)
+
+    def at_use(self, join: Join) -> None:
+        pass
+
+
+class _Closed(BaseException):
+    """Ends the thread of a pass that was given up."""
+
+
+class Survey:
+    """What a plain pass meets: the layers in the order in which they can be fitted, and what their outputs reach.
+
+    Attributes:
+        calls: The calls of layers, `(layer, number)`, in order.
+        order: Layers and, of those whose output is added, the additions: `(layer, joined)`.
+        counts: How often each layer is called.
+        joins: The addition that each layer's output reaches.
+        norms: `running_mean` of the batch norm that alone reads a layer's output.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.order: list[tuple[str, bool]] = []
+        self.counts: dict[str, int] = {}
+        self.joins: dict[str, Join] = {}
+        self.norms: dict[str, torch.Tensor] = {}
+        self._spoiled: set[str] = set()
+
+    def run(self, model: nn.Module, names: Iterable[str], images: torch.Tensor) -> 'Survey':
+        """Survey a model in eval mode on a few images."""
+        _thread.walk = self
+        try:
+            with torch.no_grad(), hooked(model, names), _Additions(self):
+                model(images)
+        finally:
+            _thread.walk = None
+        for name in self._spoiled:
+            self.joins.pop(name, None)
+            self.norms.pop(name, None)
+        return self
+
+    def before_layer(self, name: str, inputs: torch.Tensor) -> None:
+        count = self.counts[name] = self.counts.get(name, 0) + 1
+        self.calls.append((name, count - 1))
+        if count == 1:
+            self.order.append((name, False))
+        else:
+            self._spoiled.add(name)
+
+    def after_layer(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        _mark(outputs, Join(name, inputs, outputs.detach()))
+
+    def at_addition(self, join: Join) -> None:
+        partner = getattr(join.other, '_lean_join', None)  # of two layers at one addition, the first one aims at it
+        if partner is not None and self.order.index((partner.layer, False)) < self.order.index((join.layer, False)):
+            return
+        self.joins[join.layer] = join
+        self.order.append((join.layer, True))
+
+    def at_use(self, join: Join) -> None:
+        join.uses += 1
+        if join.uses > 1:
+            self._spoiled.add(join.layer)
+        if join.norm is not None:
+            self.norms[join.layer] = join.norm
+
+
+class _Additions(TorchFunctionMode):
+    """Follows marked outputs of layers through scales and shifts to the addition they reach."""
+
+    def __init__(self, walk: Walk | Survey):
+        super().__init__()
+        self.walk = walk
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        marks = [a._lean_join for a in args if isinstance(a, torch.Tensor) and hasattr(a, '_lean_join')]
+        if not marks or name in _HARMLESS:
+            return func(*args, **kwargs)
+        for join in marks:
+            self.walk.at_use(join)
+        if name in _ADDITIONS and len(args) == 2 and not kwargs and _same_shape(args):
+            for branch, other in (args, args[::-1]):
+                join = getattr(branch, '_lean_join', None)
+                if join is not None:
+                    join.branch, join.other = branch, other
+                    self.walk.at_addition(join)
+            return _unmarked(func(*args))
+        through = _through(func, name, args, kwargs)
+        out = _unmarked(func(*args, **kwargs))
+        if through is not None:
+            _mark(out, through)
+        return out
+
+
+def _mark(tensor: Any, join: Join) -> None:
+    tensor._lean_join = join
+
+
+def _unmarked(out: Any) -> Any:
+    """What was done in place returns the tensor that bears the mark of its value before."""
+    if hasattr(out, '_lean_join'):
+        del out._lean_join
+    return out
+
+
+def _through(func: Any, name: str, args: Any, kwargs: Any) -> Join | None:
+    """The mark of an operation's result, None where more happens than a scale and a shift per channel."""
+    x = args[0]
+    join = getattr(x, '_lean_join', None)
+    if func is F.batch_norm and join is not None:
+        mean, var, weight, bias, training, _, eps = _batch_norm_arguments(*args, **kwargs)
+        if training or mean is None:
+            return None
+        scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+        result = join.scaled(scale).shifted(-mean * scale if bias is None else bias - mean * scale)
+        result.norm = mean if join.scale is None and join.shift is None else None
+        return result
+    if func is F.dropout and join is not None:
+        training = args[2] if len(args) > 2 else kwargs.get('training', True)
+        return None if training else join
+    if name in _PRODUCTS | _ADDITIONS and len(args) == 2 and not kwargs:
+        tensor, factor = args if join is not None else args[::-1]
+        join = tensor._lean_join
+        if not isinstance(factor, torch.Tensor) or not _per_channel(factor, tensor):
+            return None
+        return join.scaled(factor.flatten()) if name in _PRODUCTS else join.shifted(factor.flatten())
+    return None
+
+
+def _batch_norm_arguments(
+        input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+        momentum: float = 0.1, eps: float = 1e-5) -> tuple[Any, ...]:
+    return running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def _channel_dim(x: torch.Tensor) -> int:
+    return 1 if x.ndim == 4 else x.ndim - 1
+
+
+def _per_channel(factor: torch.Tensor, x: torch.Tensor) -> bool:
+    shape = [1] * (x.ndim - factor.ndim) + list(factor.shape)
+    return shape == [n if i == _channel_dim(x) else 1 for i, n in enumerate(x.shape)]
+
+
+def _same_shape(args: Any) -> bool:
+    return all(isinstance(a, torch.Tensor) for a in args) and args[0].shape == args[1].shape
+
+
+@contextmanager
+def hooked(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within, the passes of a model notice the named layers."""
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args: _thread.walk.before_layer(name, args[0]) if _watched(args) else None
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, args, out: _thread.walk.after_layer(name, args[0], out) if _watched(args) else None
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watched(args: Any) -> bool:
+    return bool(args) and getattr(_thread, 'walk', None) is not None
+
+
+@contextmanager
+def evaluation(*models: nn.Module) -> Iterator[None]:
+    """Within, the models are in eval mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
