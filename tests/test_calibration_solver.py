@@ -28,7 +28,8 @@ def by_lstsq(x, lacking, free, ridge):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    groups=st.integers(1, 3), ins=st.integers(1, 4), outs=st.integers(1, 3), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    groups=st.integers(1, 3), ins=st.integers(1, 4), outs=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 2), dilation=st.integers(1, 2), padding=st.integers(0, 2), bias=st.booleans(),
     dead=st.floats(0, 0.8), keep_samples=st.booleans(), seed=st.integers(0, 10_000))
 def test_a_convolution_is_fitted_as_by_lstsq(
@@ -123,7 +124,7 @@ def test_the_shared_fit_ends_no_worse_than_a_generic_optimizer(unique):
             weight = mix @ torch.cat([own, shared])
             total = total + layer.weight * (weight * (weight @ layer.gram - 2 * layer.target)).sum()
         total.backward()
-        return float(total), v.grad.numpy()
+        return total.item(), v.grad.numpy()
 
     size = 18 + 2 * (5 * (3 + unique) + unique * 6)
     best = min(minimize(loss, np.random.default_rng(s).normal(size=size), jac=True, method='L-BFGS-B',

@@ -4,6 +4,7 @@
     python tools/reproduce.py eigen-pruning --help
     python tools/reproduce.py depth --help
     python tools/reproduce.py sharing --help
+    python tools/reproduce.py calibration --help
 """
 import importlib
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # each with `parser()` and `run(args) -> text`
 EXPERIMENTS = {
     'conv-similarity': 'reproduce_conv_similarity', 'eigen-pruning': 'reproduce_pruning', 'depth': 'reproduce_depth',
-    'sharing': 'reproduce_sharing'}
+    'sharing': 'reproduce_sharing', 'calibration': 'reproduce_calibration'}
 
 
 def main() -> int:

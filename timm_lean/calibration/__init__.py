@@ -1,11 +1,13 @@
 """Calibration: a compressed network's weights chosen anew from a few hundred unlabelled images, nothing trained.
 
 Front to back, each layer gets the weights with which, on the *compressed* network's inputs, it comes nearest to what
-the *original's* layer gives (`calibrate`). That is least squares on second moments (`moments`, `solver`); the basis that
-layers share is fitted to all of them (`groups`, `shared`); the last layer of a residual branch aims at the sum that the
-branch ends in (`walk`). Batch norm statistics are measured anew where that helps (`batchnorm`).
+the *original's* layer gives (`calibrate`). That is least squares on second moments (`moments`, `solver`); the basis
+that layers share is fitted to all of them (`groups`, `shared`); the last layer of a residual branch aims at the sum
+that the branch ends in (`walk`). Batch norm statistics are measured anew where that helps (`batchnorm`).
 """
+from .batchnorm import insert_norms
 from .calibrate import calibrate
+from .inputs import input_covariances, output_scores
 from .report import CalibrationReport, LayerFit
 
-__all__ = ['CalibrationReport', 'LayerFit', 'calibrate']
+__all__ = ['CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores']

@@ -1,45 +1,89 @@
-"""Batch norm statistics measured on data: exact pooled moments, front to back."""
-from collections.abc import Sequence
+"""Batch norm statistics measured on data: exact pooled moments, front to back.
+
+A batch norm is measured over all images at once, with those before it set already. This serves a compressed network
+whose statistics are measured anew (`reestimate`), and batch norms that are put into a network and change nothing at
+first (`insert_norms`).
+"""
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from .images import Chunk
+from .fleet import fleet
+from .images import Chunk, load_chunks
 from .moments import all_reduce
-from .walk import Survey, Walk, hooked
+from .walk import Survey, evaluation
 
-__all__ = ['reestimate']
+__all__ = ['insert_norms', 'reestimate']
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, chunks: Sequence[Chunk], device: torch.device) -> bool:
+def reestimate(model: nn.Module, chunks: Sequence[Chunk], memory_limit: float) -> bool:
     """Set the statistics of a network's batch norms to those of the images that are not held out, in place.
 
-    Each is measured with all before it set already, over all images at once.
+    Frozen batch norms stay as they are.
 
     Returns:
         Whether there was anything to measure.
     """
-    norms = {name: module for name, module in model.named_modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None}
-    images = [chunk.images[~chunk.held].to(device) for chunk in chunks if not bool(chunk.held.all())]
-    order = [name for name, joined in Survey().run(model, norms, images[0][:2]).order if not joined]
-    with hooked(model, order):
-        walks = [Walk(lambda x=x: model(x)) for x in images]  # type: ignore[misc]
-        try:
-            for name in order:
-                mean, variance = pooled_moments([walk.to(name).inputs for walk in walks])
-                norm: Any = norms[name]
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
-        finally:
-            for walk in walks:
-                walk.close()
-    return bool(order)
+    norms = [name for name, module in model.named_modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+             and all(p.requires_grad for p in module.parameters())]
+    seen = [Chunk(chunk.images[~chunk.held], chunk.held[~chunk.held]) for chunk in chunks if not bool(chunk.held.all())]
+    with evaluation(model):
+        for name, mean, variance in _measure(model, norms, seen, memory_limit):
+            norm: Any = model.get_submodule(name)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+    return bool(norms)
 
 
-def pooled_moments(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def insert_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any]) -> None:
+    """Fill new batch norms in place so that they change nothing: weight and bias undo the statistics.
+
+    What they are given is measured as training would see it, with all other batch norms normalizing by the batch. So
+    what is exact in eval mode by construction is so in training mode too, as far as later batches have the statistics
+    of these. Training may then scale each channel by itself.
+
+    Args:
+        model: The network.
+        names: Its new batch norms.
+        batches: Images `[B, C, H, W]`, or tuples that start with them.
+
+    Raises:
+        LeanError: As `load_chunks`.
+    """
+    copy = deepcopy(model)
+    with evaluation(copy):
+        for module in copy.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        for name in names:
+            norm: Any = copy.get_submodule(name).eval()
+            norm.weight.fill_((1 + norm.eps) ** 0.5)  # with mean 0 and variance 1 it passes everything on
+        for name, mean, variance in _measure(copy, names, load_chunks(batches)):
+            norm = model.get_submodule(name)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+            norm.bias.copy_(norm.running_mean)
+
+
+def _measure(
+        model: nn.Module, names: Sequence[str], chunks: Sequence[Chunk], memory_limit: float = float('inf'),
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Mean and variance of what each batch norm is given; what is done to it meanwhile has its effect on the next."""
+    survey = Survey().run(model, names, chunks[0].images[:1].to(next(model.parameters()).device))
+    with fleet([model], names, chunks, survey, memory_limit) as ships:
+        for name, joined in survey.order:
+            if not joined:
+                yield name, *_pooled([ship.walks[0].to(name).inputs for ship in ships.at(name)])
+
+
+def _pooled(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of each channel, `[C]` in float64, over pieces `[B, C, ...]` and all processes."""
     sums = torch.zeros(3, inputs[0].shape[1], dtype=torch.float64, device=inputs[0].device)
     for x in inputs:

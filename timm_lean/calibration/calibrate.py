@@ -13,10 +13,10 @@ from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.shared_basis import bn_scale_shift
 
 from .batchnorm import reestimate
-from .fleet import Fleet, Pair, fleet
+from .fleet import Fleet, Ship, fleet
 from .groups import BasisGroup, find_groups
-from .images import Chunk, load_chunks
-from .layers import LinearMap, is_layer, linear_map, rows_of
+from .images import Chunk, load_chunks, pick_positions
+from .layers import LinearMap, is_layer, linear_map, patches, rows_of
 from .moments import Moments, all_reduce
 from .report import CalibrationReport, LayerFit
 from .walk import Join, Survey, evaluation
@@ -65,7 +65,8 @@ def calibrate(
     chunks = load_chunks(batches)
     new = deepcopy(model)
     with evaluation(original, new):
-        _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, progress).run(rounds, reestimate_bn)
+        _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, memory_limit, progress).run(
+            rounds, reestimate_bn)
     return new
 
 
@@ -74,22 +75,20 @@ class _Calibration:
 
     def __init__(
             self, new: nn.Module, original: nn.Module, chunks: list[Chunk], kept: dict[str, Sequence[int]],
-            ridge: float, positions: int, progress: bool):
+            ridge: float, positions: int, memory_limit: float, progress: bool):
         self.new, self.original, self.chunks, self.kept = new, original, chunks, kept
-        self.ridge, self.positions, self.progress = ridge, positions, progress
+        self.ridge, self.positions, self.limit, self.progress = ridge, positions, memory_limit, progress
         parameter = next(new.parameters())
         self.device = parameter.device
         self.names = [name for name, module in new.named_modules() if is_layer(module)]
         inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
         self.names = [name for name in self.names if not name.startswith(tuple(inside))]
         self._check()
-        sample = chunks[0].images[:1].to(self.device).repeat(2, *[1] * (chunks[0].images.ndim - 1))
+        image = chunks[0].images[:1].to(self.device)
         try:
-            self.survey = Survey().run(new, self.names, sample)
-            there = dict(original.named_modules())
-            self.survey0 = Survey().run(original, [name for name in self.names if name in there], sample)
+            self.survey, self.survey0 = (Survey().run(network, self.names, image) for network in (new, original))
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-            raise LeanError(f'{type(new).__name__} does not take the calibration images {list(sample.shape[1:])}: '
+            raise LeanError(f'{type(new).__name__} does not take the calibration images {list(image.shape[1:])}: '
                             f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
         self.joins = self.survey.joins.keys() & self.survey0.joins.keys()
         self.norms = _by_running_mean(new), _by_running_mean(original)
@@ -112,7 +111,7 @@ class _Calibration:
                 _restore(self.new, best)
                 break
             report.after, report.layers, report.rounds, best = error, fits, number + 1, _state(self.new)
-        if reestimate_bn and reestimate(self.new, self.chunks, self.device):
+        if reestimate_bn and reestimate(self.new, self.chunks, self.limit):
             error = self._output_error()
             report.reestimated = error < report.after
             if report.reestimated:
@@ -128,12 +127,15 @@ class _Calibration:
                 raise LeanError(f'The original has no layer {name!r}: {type(self.original).__name__} is not the '
                                 f'network that {type(self.new).__name__} was made from.')
 
+    def _fleet(self) -> Any:
+        return fleet((self.original, self.new), self.names, self.chunks, self.survey, self.limit)
+
     # front to back -------------------------------------------------------------------------------------------------
 
     def _fit_layers(self) -> list[LayerFit]:
         points = [(name, joined) for name, joined in self.survey.order if joined == (name in self.joins)]
         fits = []
-        with fleet(self.original, self.new, self.names, self.chunks, self.device) as ships:
+        with self._fleet() as ships:
             for index, (name, joined) in enumerate(tqdm(points, 'calibrate', disable=not self.progress, leave=False)):
                 fit = self._fit_layer(ships, index, name, joined)
                 if fit is not None:
@@ -150,11 +152,11 @@ class _Calibration:
         train, held = (Moments(layer.groups, layer.filters, layer.size, device=self.device) for _ in range(2))
         calls = self.survey.counts[name]
         joins = []
-        for pair in ships.pairs:
+        for ship in ships.at(name):
             for call in range(calls):
-                inputs, lacking, targets, join = self._samples(pair, index, layer, name, call, joined, norm, norm0)
+                inputs, lacking, targets, join = self._samples(ship, index, layer, name, call, joined, norm, norm0)
                 joins.append(join)
-                mask = pair.chunk.held.repeat_interleave(len(inputs) // len(pair.chunk.held)).to(self.device)
+                mask = ship.held.repeat_interleave(len(inputs) // len(ship.held))
                 for moments, chosen in ((train, ~mask), (held, mask)):
                     moments.add(inputs[chosen], lacking[chosen], targets[chosen])
         for moments in (train, held):
@@ -172,30 +174,26 @@ class _Calibration:
                 if join is not None:
                     self._go_on(join, layer, shift)
         if calls > 1:
-            ships.start()
+            ships.restart()
         scale = max(float(held.energy.sum()), 1e-30)
         return LayerFit(name, 'sum' if joined else 'output', (before / scale) ** 0.5, (max(after, 0.) / scale) ** 0.5,
                         train.count)
 
     def _samples(
-            self, pair: Pair, index: int, layer: LinearMap, name: str, call: int, joined: bool,
+            self, ship: Ship, index: int, layer: LinearMap, name: str, call: int, joined: bool,
             norm: nn.Module | None, norm0: nn.Module | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Join | None]:
         """Inputs, what the outputs lack, what they should be, of one piece at one layer."""
-        there, here = (walk.to(name, call, joined) for walk in (pair.original, pair.ours))
+        there, here = (walk.to(name, call, 'sum' if joined else where)
+                       for walk, where in zip(ship.walks, ('after', 'before'), strict=True))
         if there is None or here is None:
             raise LeanError(f'The original does not run the layer {name!r} as the compressed network does: it is not '
                             'the network that it was made from.')
         rows0 = rows_of(layer.layer, there.outputs)
-        count = rows0.shape[1]
-        chosen = None
-        if count > self.positions:
-            generator = torch.Generator().manual_seed(1_000_003 * index + 1009 * pair.index + call)
-            chosen = torch.randperm(count, generator=generator)[:self.positions].sort().values.to(self.device)
+        chosen = pick_positions(rows0.shape[1], self.positions, 1_000_003 * index + ship.index, self.device)
 
         def sampled(y: torch.Tensor) -> torch.Tensor:
-            rows = rows_of(layer.layer, y)
-            return (rows if chosen is None else rows[:, chosen]).flatten(0, 1)
+            return _at(rows_of(layer.layer, y), chosen)
 
         channels = self._channels(name, rows0.shape[2], layer)
         inputs = layer.inputs(here.inputs, chosen)
@@ -239,16 +237,19 @@ class _Calibration:
         group_of = {name: group for group in groups for name in group.names}
         left = {name: self.survey.counts.get(name, 0) for name in group_of}
         fits = []
-        with fleet(self.original, self.new, self.names, self.chunks, self.device) as ships:
+        with self._fleet() as ships:
             for index, (name, call) in enumerate(self.survey.calls):
                 if name not in group_of:
                     continue
                 group = group_of[name]
-                for pair in ships.pairs:
-                    there = pair.original.to(name, call)
-                    here = there if first else pair.ours.to(name, call)
-                    group.add(name, here.inputs, there.outputs, ~pair.chunk.held, self.positions,
-                              1_000_003 * index + pair.index)
+                for ship in ships.at(name, call):
+                    there = ship.walks[0].to(name, call, 'after')
+                    here = there if first else ship.walks[1].to(name, call)
+                    layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
+                    chosen = pick_positions(rows.shape[1], self.positions, 1_000_003 * index + ship.index, self.device)
+                    inputs = patches(layer, here.inputs, chosen)
+                    held = ship.held.repeat_interleave(len(inputs) // len(ship.held))
+                    group.add(name, inputs, _at(rows, chosen), held)
                 left[name] -= 1
                 if not any(left[other] for other in group.names):
                     fits.append(group.fit(self.ridge, first))
@@ -272,6 +273,11 @@ class _Calibration:
                 sums += torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()]).cpu()
         all_reduce([sums])
         return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+
+
+def _at(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Samples `[n, channels]` of `[B, positions, channels]`."""
+    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
 
 
 def _through_norms(y: torch.Tensor, norm0: nn.Module, norm: nn.Module, channels: Any) -> torch.Tensor:

@@ -1,4 +1,9 @@
-"""All pieces of the images on their way through the original and the compressed network, side by side."""
+"""All pieces of the images on their way through one or two networks, side by side, within a limit of memory.
+
+What a pass holds at a layer differs along a network, most at its beginning. So pieces set out as the memory that those
+before them hold allows: the first layers, which see thousands of positions of each image, are fitted to some of the
+images, and the last ones to all. Every image goes through each network once.
+"""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,63 +12,75 @@ import torch
 import torch.nn as nn
 
 from .images import Chunk
-from .walk import Walk, hooked
+from .walk import Survey, Walk, hooked
 
-__all__ = ['Fleet', 'Pair']
+__all__ = ['Fleet', 'Ship', 'fleet']
 
 
 @dataclass
-class Pair:
-    """One piece of the images in both networks."""
+class Ship:
+    """One piece of the images, in all networks.
+
+    Attributes:
+        index: Number of the piece.
+        held: Which of its images are held out, `[B]`, on the networks' device.
+        walks: Its passes, one of each network.
+    """
     index: int
-    chunk: Chunk
-    original: Walk
-    ours: Walk
+    held: torch.Tensor
+    walks: list[Walk]
 
 
 class Fleet:
-    """Passes of all pieces, each started when it is first asked for.
+    """Passes of all pieces through some networks; made by `fleet`.
 
     Args:
-        original: The original network.
-        ours: The compressed one.
+        networks: The networks.
         chunks: The pieces.
-        device: Where the networks are.
+        survey: Of a network with the most calls, for the memory that passes hold.
+        limit: Bytes that all passes may hold; one piece may go beyond.
     """
 
-    def __init__(self, original: nn.Module, ours: nn.Module, chunks: Sequence[Chunk], device: torch.device):
-        self.networks = original, ours
-        self.chunks = chunks
-        self.device = device
-        self.pairs: list[Pair] = []
-        self.start()
+    def __init__(self, networks: Sequence[nn.Module], chunks: Sequence[Chunk], survey: Survey, limit: float):
+        self.networks, self.chunks = networks, chunks
+        self.device = next(networks[0].parameters()).device
+        self._room = {}  # call to bytes that an image holds there or later
+        most = 0
+        for call, held in zip(reversed(survey.calls), reversed(survey.held), strict=True):
+            self._room[call] = most = max(most, held)
+        self._limit = limit / len(networks)
+        self._ships: list[Ship] = []
 
-    def start(self) -> None:
-        """Send all pieces through from the beginning."""
-        self.close()
-        original, ours = self.networks
-        for index, chunk in enumerate(self.chunks):
-            images = chunk.images.to(self.device)
-            self.pairs.append(Pair(
-                index, chunk, Walk(lambda images=images: original(images), after=True),  # type: ignore[misc]
-                Walk(lambda images=images: ours(images))))  # type: ignore[misc]
+    def at(self, layer: str, call: int = 0) -> list[Ship]:
+        """The pieces that take part at a call of a layer; they are still on their way there."""
+        room = self._limit / max(self._room.get((layer, call), 0), 1)
+        images = sum(len(ship.held) for ship in self._ships)
+        for index in range(len(self._ships), len(self.chunks)):
+            chunk = self.chunks[index]
+            images += len(chunk.held)
+            if self._ships and images > room:
+                break
+            x = chunk.images.to(self.device)
+            walks = [Walk(lambda network=network, x=x: network(x)) for network in self.networks]  # type: ignore[misc]
+            self._ships.append(Ship(index, chunk.held.to(self.device), walks))
+        return self._ships
 
-    def close(self) -> None:
-        for pair in self.pairs:
-            pair.original.close()
-            pair.ours.close()
-        self.pairs = []
+    def restart(self) -> None:
+        """Give all passes up; the next start from the beginning."""
+        for ship in self._ships:
+            for walk in ship.walks:
+                walk.close()
+        self._ships = []
 
 
 @contextmanager
 def fleet(
-        original: nn.Module, ours: nn.Module, names: Sequence[str], chunks: Sequence[Chunk], device: torch.device,
+        networks: Sequence[nn.Module], names: Sequence[str], chunks: Sequence[Chunk], survey: Survey, limit: float,
 ) -> Iterator[Fleet]:
-    """A fleet that pauses at the named layers of both networks; all its passes end with the block."""
-    there = dict(original.named_modules())
-    with hooked(original, [name for name in names if name in there]), hooked(ours, names):
-        ships = Fleet(original, ours, chunks, device)
+    """A fleet whose passes can pause at the named layers; they all end with the block."""
+    ships = Fleet(networks, chunks, survey, limit)
+    with hooked(names, *networks):
         try:
             yield ships
         finally:
-            ships.close()
+            ships.restart()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.shared_basis import bn_scale_shift
 
-from .layers import patches, rows_of
 from .moments import Moments
 from .report import LayerFit
 from .shared import SharedLayer, alternate, orthonormalize, whitened_basis, whitened_unique
@@ -31,85 +30,72 @@ class BasisGroup:
     def __init__(self, layers: dict[str, Any], originals: dict[str, torch.Tensor]):
         self.layers = layers
         self.names = list(layers)
-        self.basis = next(iter(layers.values())).basis
+        self.basis = layers[self.names[0]].basis
         self.originals = originals
-        self.moments: dict[str, Moments] = {}
+        self._train: dict[str, Moments] = {}
+        self._held: dict[str, Moments] = {}
 
-    def add(
-            self, name: str, inputs: torch.Tensor, outputs: torch.Tensor, chosen: torch.Tensor, positions: int,
-            seed: int) -> None:
-        """Add samples of a layer: its inputs, and the outputs that the original has."""
-        layer = self.layers[name]
-        rows = rows_of(layer, outputs[chosen])
-        generator = torch.Generator().manual_seed(seed)
-        places = torch.randperm(rows.shape[1], generator=generator)[:positions].sort().values.to(outputs.device)
-        x = F.pad(patches(layer, inputs[chosen], places), (0, 1), value=1.)
-        targets = rows[:, places].flatten(0, 1)
-        lacking = targets - x[:, :-1] @ _dense(layer).T
-        if name not in self.moments:
-            self.moments[name] = Moments(1, len(targets[0]), x.shape[1], device=x.device)
-        self.moments[name].add(x[:, None], lacking[:, None], targets[:, None])
+    def add(self, name: str, inputs: torch.Tensor, targets: torch.Tensor, held: torch.Tensor) -> None:
+        """Add samples of a layer.
+
+        Args:
+            name: The layer.
+            inputs: What its filters see, `[n, d]`.
+            targets: What its outputs should be, `[n, out]`.
+            held: Which samples are held out, `[n]`.
+        """
+        lacking = targets - inputs @ _dense(self.layers[name]).T
+        inputs = F.pad(inputs, (0, 1), value=1.)
+        for moments, chosen in ((self._train, ~held), (self._held, held)):
+            if name not in moments:
+                moments[name] = Moments(1, targets.shape[1], inputs.shape[1], device=inputs.device)
+            moments[name].add(inputs[chosen, None], lacking[chosen, None], targets[chosen, None])
 
     def fit(self, ridge: float, first: bool) -> LayerFit:
-        """Fit basis, unique filters and coefficients to all layers and forget the samples."""
-        layers = []
-        for name in self.names:
-            self.moments[name].reduce()
-            layers.append(self._layer(name, ridge))
-        weight = self.basis.weight
-        live = _mask(weight.flatten(2).ne(0).any(2)[:, :, None].expand(weight.flatten(2).shape).flatten(1))
-        basis = weight.detach().flatten(1).to(layers[0].gram.dtype)
-        before = sum(layer.loss(basis) for layer in layers)
-        old = basis, [(layer.mix, layer.unique) for layer in layers]
-        plain = live is None and all(
-            la.mix is not None and la.live_mix is None and la.live_unique is None for la in layers)
-        if first and plain:
-            basis = whitened_basis(layers, [self.originals[name] for name in self.names], len(basis))
-            for layer, name in zip(layers, self.names, strict=True):
+        """Fit basis, unique filters and coefficients to all layers, where that helps, and forget the samples.
+
+        Args:
+            ridge: Penalty, relative to the mean diagonal of each layer's second moments.
+            first: Start from the whitened singular value decomposition, not from what is there.
+        """
+        for moments in (*self._train.values(), *self._held.values()):
+            moments.reduce()
+        layers = {name: _shared_layer(self.layers[name], self._train[name], self.originals[name], ridge)
+                  for name in self.names}
+        bank = self.basis.weight
+        live = _mask((bank != 0).flatten(2).any(2)[:, :, None].expand(bank.flatten(2).shape).flatten(1))
+        basis = bank.detach().flatten(1).double()
+        dense = {name: layer.dense(basis) for name, layer in layers.items()}
+        # a basis with dead kernels must not be turned, one whose filters are the outputs cannot be
+        turnable = live is None and all(
+            la.mix is not None and la.live_mix is None and la.live_unique is None for la in layers.values())
+        if first and turnable:
+            basis = whitened_basis(list(layers.values()), list(self.originals.values()), len(basis))
+            for name, layer in layers.items():
                 layer.unique = whitened_unique(layer, self.originals[name], basis)
-        basis = alternate(layers, basis, _TURNS, live)
-        if plain:
-            basis = orthonormalize(layers, basis)
-        after = sum(layer.loss(basis) for layer in layers)
+        basis = alternate(list(layers.values()), basis, _TURNS, live)
+        if turnable:
+            basis = orthonormalize(list(layers.values()), basis)
+        before = after = energy = 0.
+        for name, layer in layers.items():
+            error, better = _centred_errors(self._held[name], layer.dense(basis) - dense[name])
+            before, after = before + layer.weight * error, after + layer.weight * better
+            energy += layer.weight * float(self._held[name].energy.sum())
         if after < before:
-            weight.copy_(basis.view_as(weight))
-            for layer, name in zip(layers, self.names, strict=True):
-                self._assign(self.layers[name], layer)
-        count = sum(m.count for m in self.moments.values())
-        base = sum(float(m.energy.sum()) * la.weight for m, la in zip(self.moments.values(), layers, strict=True))
-        self.moments = {}
-        print('group', self.names[0], before, after, base)
-        return LayerFit('+'.join(self.names), 'group', before, after, count)
-
-    def _layer(self, name: str, ridge: float) -> SharedLayer:
-        layer, moments = self.layers[name], self.moments[name]
-        gram, cross = moments.gram[0], moments.cross[0]
-        # a bias or the batch norm behind takes the mean: what is left are covariances
-        mean = gram[-1, :-1] / moments.count
-        short = cross[:, -1] / moments.count
-        gram, cross = gram[:-1, :-1] - moments.count * torch.outer(mean, mean), cross[:, :-1] - moments.count * torch.outer(short, mean)
-        dense, original = _dense(layer).to(gram.dtype), self.originals[name].to(gram.dtype)
-        penalty = ridge * gram.diagonal().mean()
-        target = cross + dense @ gram + penalty * original
-        gram = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        mix = layer.coeff.weight.detach().flatten(1).to(gram.dtype) if isinstance(layer.coeff, nn.Conv2d) else None
-        unique = gram.new_zeros(0, gram.shape[1])
-        live_unique = None
-        if layer.unique is not None:
-            unique = layer.unique.weight.detach().flatten(1).to(gram.dtype)
-            live_unique = _mask(layer.unique.weight.flatten(1) != 0)
-        return SharedLayer(gram, target, 1 / float(((original @ gram) * original).sum().clamp_min(1e-30)), mix, unique,
-                           None if mix is None else _mask(mix != 0), live_unique)
-
-    def _assign(self, module: Any, layer: SharedLayer) -> None:
-        if layer.mix is not None:
-            module.coeff.weight.copy_(layer.mix.view_as(module.coeff.weight))
-        if module.unique is not None:
-            module.unique.weight.copy_(layer.unique.view_as(module.unique.weight))
+            bank.copy_(basis.view_as(bank))
+            for name, layer in layers.items():
+                _assign(self.layers[name], layer)
+        samples = sum(moments.count for moments in self._train.values())
+        self._train, self._held = {}, {}
+        return LayerFit(', '.join(self.names), 'group', (before / energy) ** 0.5,
+                        (min(before, max(after, 0.)) / energy) ** 0.5, samples)
 
 
 def find_groups(model: nn.Module, original: nn.Module, names: Sequence[str]) -> list[BasisGroup]:
-    """Groups of layers whose basis can be fitted."""
+    """Groups of layers whose basis can be fitted: nothing frozen, not grouped, no batch norm inside that does anything.
+
+    Layers that changed their size have no weights of the original to stay near to, so their basis stays as it is.
+    """
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for name in names:
         layer = model.get_submodule(name)
@@ -122,6 +108,45 @@ def find_groups(model: nn.Module, original: nn.Module, names: Sequence[str]) -> 
             if all(originals[name].shape == _dense(layer).shape for name, layer in layers.items()):
                 groups.append(BasisGroup(layers, originals))
     return groups
+
+
+def _shared_layer(layer: Any, moments: Moments, original: torch.Tensor, ridge: float) -> SharedLayer:
+    """The equations of one layer. A bias, or the batch norm behind, takes the mean: what counts are covariances."""
+    gram, cross = _centred(moments)
+    penalty = ridge * gram.diagonal().mean().clamp_min(1e-30)
+    target = cross + _dense(layer).double() @ gram + penalty * original
+    gram = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = 1 / float(((original @ gram) * original).sum().clamp_min(1e-30))
+    mix = layer.coeff.weight.detach().flatten(1).double() if isinstance(layer.coeff, nn.Conv2d) else None
+    live_mix = None if mix is None else _mask(mix != 0)
+    if layer.unique is None:
+        return SharedLayer(gram, target, weight, mix, gram.new_zeros(0, len(gram)), live_mix)
+    kernels = layer.unique.weight.detach().flatten(2)
+    live = _mask((kernels != 0).any(2)[:, :, None].expand(kernels.shape).flatten(1))
+    return SharedLayer(gram, target, weight, mix, kernels.flatten(1).double(), live_mix, live)
+
+
+def _centred(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """`H` and `R` of the deviations from the means; the samples' last input is 1."""
+    assert moments.gram is not None
+    gram, cross = moments.gram[0], moments.cross[0]
+    total, short = gram[-1, :-1], cross[:, -1]
+    return (gram[:-1, :-1] - torch.outer(total, total) / moments.count,
+            cross[:, :-1] - torch.outer(short, total) / moments.count)
+
+
+def _centred_errors(moments: Moments, change: torch.Tensor) -> tuple[float, float]:
+    """`sum (e - mean e)^2` before and after a change of the weights `[out, d]`."""
+    gram, cross = _centred(moments)
+    before = float(moments.error.sum() - moments.cross[0, :, -1].square().sum() / moments.count)
+    return before, before + float((change * (change @ gram - 2 * cross)).sum())
+
+
+def _assign(module: Any, layer: SharedLayer) -> None:
+    if layer.mix is not None:
+        module.coeff.weight.copy_(layer.mix.view_as(module.coeff.weight))
+    if module.unique is not None:
+        module.unique.weight.copy_(layer.unique.view_as(module.unique.weight))
 
 
 def _is_free(layer: SharedBasisConv2d) -> bool:

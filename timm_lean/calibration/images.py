@@ -7,7 +7,7 @@ import torch
 
 from timm_lean.errors import LeanError
 
-__all__ = ['Chunk', 'load_chunks']
+__all__ = ['Chunk', 'load_chunks', 'pick_positions']
 
 HELD_OUT = 4  # every fourth image is held out
 _CHUNK_VALUES = 2 ** 22  # numbers in one piece: 27 images of 224 x 224 pixels, 1,365 of 32 x 32
@@ -57,3 +57,10 @@ def load_chunks(batches: Iterable[Any]) -> list[Chunk]:
         raise LeanError(f'Calibration needs images, at least {HELD_OUT} as a quarter is held out, and a few hundred to '
                         f'be of use; got {count or "none"}.')
     return chunks
+
+
+def pick_positions(count: int, wanted: int, seed: int, device: torch.device) -> torch.Tensor | None:
+    """Which of a map's positions to look at, the same for all images of a piece; None for all."""
+    if count <= wanted:
+        return None
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values.to(device)

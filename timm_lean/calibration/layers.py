@@ -16,7 +16,7 @@ __all__ = ['Coefficients', 'ConvFilters', 'LinearMap', 'is_layer', 'linear_map',
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or linear layer that computes with its weights as they are."""
     if type(module) in (nn.Conv2d, Conv2dSame):
-        return module.padding_mode == 'zeros'  # type: ignore[union-attr]
+        return module.padding_mode == 'zeros'
     return type(module) in (nn.Linear, SharedBasisConv2d)
 
 
@@ -155,7 +155,7 @@ def _padding(layer: Any, x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, i
     for i in range(2):
         k, s, d = layer.kernel_size[i], layer.stride[i], layer.dilation[i]
         if isinstance(layer, Conv2dSame):
-            total = int(get_same_padding(x.shape[2 + i], k, s, d))  # type: ignore[arg-type]
+            total = int(get_same_padding(x.shape[2 + i], k, s, d))
         elif isinstance(layer.padding, str):
             total = d * (k - 1) if layer.padding == 'same' else 0
         else:

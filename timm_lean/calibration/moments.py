@@ -6,6 +6,7 @@ solved in float64. Larger ones are in float32, where a step is twice as fast (th
 more for the residual that is left, which is computed in float64.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,12 +40,12 @@ class Moments:
     def __init__(
             self, groups: int, filters: int, size: int, keep_samples: bool = False,
             device: torch.device | None = None):
-        dd = {'device': device, 'dtype': torch.float64}
+        dd: dict[str, Any] = {'device': device, 'dtype': torch.float64}
         self.count = 0
-        self.gram = None if keep_samples else torch.zeros(groups, size, size, **dd)  # type: ignore[call-overload]
-        self.cross = torch.zeros(groups, filters, size, **dd)  # type: ignore[call-overload]
-        self.error = torch.zeros(groups, filters, **dd)  # type: ignore[call-overload]
-        self.energy = torch.zeros(groups, filters, **dd)  # type: ignore[call-overload]
+        self.gram = None if keep_samples else torch.zeros(groups, size, size, **dd)
+        self.cross = torch.zeros(groups, filters, size, **dd)
+        self.error = torch.zeros(groups, filters, **dd)
+        self.energy = torch.zeros(groups, filters, **dd)
         self._samples: list[torch.Tensor] = []
 
     def add(self, inputs: torch.Tensor, lacking: torch.Tensor, targets: torch.Tensor) -> None:

@@ -1,10 +1,10 @@
 """The basis that a group of layers shares, fitted to all of them at once.
 
 Layer l with coefficients `C_l` and filters `F_l` (its unique ones above the shared ones, `B`) computes `C_l F_l x`.
-Wanted is the least of `sum_l w_l tr((C_l F_l - T_l) H_l (C_l F_l - T_l)^T)`, `H_l` the second moments of its inputs with
-the ridge, `T_l H_l = G_l` what it should give, `w_l` the inverse energy of its outputs. No single singular value
-decomposition solves this, as the `H_l` differ. One whitened by their mean is the start; then coefficients, unique
-filters and basis are solved for in turn, each exactly while the others stand still.
+Wanted is the least of `sum_l w_l (tr(W_l H_l W_l^T) - 2 tr(W_l G_l^T))` over `W_l = C_l F_l`, with the second moments
+`H_l` of its inputs and `G_l` of what it should give with them (ridge included), `w_l` the inverse energy of outputs.
+No single singular value decomposition solves this, as the `H_l` differ. One whitened by their mean is the start; then
+coefficients, unique filters and basis are solved for in turn, each exactly while the others stand still.
 """
 from dataclasses import dataclass
 
@@ -12,9 +12,10 @@ import torch
 
 from .solver import conjugate_gradients
 
-__all__ = ['SharedLayer', 'alternate', 'whitened_basis', 'whitened_singular']
+__all__ = [
+    'SharedLayer', 'alternate', 'orthonormalize', 'whitened_basis', 'whitened_singular', 'whitened_unique']
 
-_STEPS = 100
+_STEPS = 30  # each turn goes on where the last one ended
 
 
 @dataclass
@@ -57,17 +58,21 @@ class SharedLayer:
         """The best unique filters for the coefficients and the basis as they are."""
         if self.mix is None or not len(self.unique):
             return
-        own, common = self.mix.split([len(self.unique), len(basis)], 1)
+        own = self.mix[:, :len(self.unique)]
         square = own.T @ own
-        rest = own.T @ (self.target - self.mix @ torch.cat([self.unique, basis]) @ self.gram)
+        rest = own.T @ (self.target - self.dense(basis) @ self.gram)
         self.unique = self.unique + conjugate_gradients(
             lambda x: square @ x @ self.gram, rest, _positive(square.diagonal()[:, None] * self.gram.diagonal()),
             self.live_unique, (-2, -1), max_steps=_STEPS)
 
+    def dense(self, basis: torch.Tensor) -> torch.Tensor:
+        """The layer's weights as one convolution, `[out, d]`."""
+        filters = torch.cat([self.unique, basis])
+        return filters if self.mix is None else self.mix @ filters
+
     def loss(self, basis: torch.Tensor) -> float:
         """The layer's part of what is minimized, up to a constant."""
-        filters = torch.cat([self.unique, basis])
-        weight = filters if self.mix is None else self.mix @ filters
+        weight = self.dense(basis)
         return self.weight * float((weight * (weight @ self.gram - 2 * self.target)).sum())
 
 
@@ -121,7 +126,7 @@ def alternate(
 
 
 def orthonormalize(layers: list[SharedLayer], basis: torch.Tensor) -> torch.Tensor:
-    """The basis with orthonormal rows; the coefficients take the triangular factor, so that the layers stay the same."""
+    """The basis with orthonormal rows; the coefficients take the other factor, so that the layers stay the same."""
     rows, upper = torch.linalg.qr(basis.T)  # B = upper^T rows^T
     for layer in layers:
         assert layer.mix is not None
@@ -134,14 +139,11 @@ def _fit_basis(layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tenso
     rest, diagonal = torch.zeros_like(basis), torch.zeros_like(basis)
     parts = []
     for layer in layers:
-        if layer.mix is None:
-            common = None
-            lacking = layer.target - basis @ layer.gram
-            square = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-        else:
+        lacking = layer.target - layer.dense(basis) @ layer.gram
+        square = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+        if layer.mix is not None:
             common = layer.mix[:, len(layer.unique):]
-            lacking = common.T @ (layer.target - layer.mix @ torch.cat([layer.unique, basis]) @ layer.gram)
-            square = common.T @ common
+            lacking, square = common.T @ lacking, common.T @ common
         rest += layer.weight * lacking
         diagonal += layer.weight * square.diagonal()[:, None] * layer.gram.diagonal()
         parts.append((layer.weight * square, layer.gram))
@@ -154,7 +156,8 @@ def _whitened(layers: list[SharedLayer], originals: list[torch.Tensor]) -> tuple
     total = sum(layer.weight * layer.gram for layer in layers)
     assert isinstance(total, torch.Tensor)
     lower = torch.linalg.cholesky(total / len(layers))
-    return torch.cat([layer.weight ** 0.5 * (rows @ lower) for layer, rows in zip(layers, originals, strict=True)]), lower
+    whitened = [rows @ lower for rows in originals]
+    return torch.cat([rows / rows.norm().clamp_min(1e-30) for rows in whitened]), lower
 
 
 def _positive(diagonal: torch.Tensor) -> torch.Tensor:

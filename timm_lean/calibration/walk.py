@@ -7,6 +7,7 @@ between its layers. A pass lives in a thread, of which one at a time runs: they 
 A layer at the end of a residual branch pauses where its output is added (`Join`), not where it is computed.
 """
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ['Join', 'Stop', 'Survey', 'Walk', 'evaluation', 'hooked']
 
@@ -31,7 +34,7 @@ class Stop:
 
     Attributes:
         inputs: The layer's input.
-        outputs: Its output; None in a pass that pauses before the layer.
+        outputs: Its output; None before the layer.
     """
     inputs: torch.Tensor
     outputs: torch.Tensor | None
@@ -84,14 +87,11 @@ class Walk:
 
     Args:
         forward: Runs the pass and returns its output. It must run modules that `hooked` watches.
-        after: Pause after layers, with their outputs, not before them.
     """
 
-    def __init__(self, forward: Callable[[], Any], after: bool = False):
-        self.after = after
-        self.output: Any = None
+    def __init__(self, forward: Callable[[], Any]):
         self._wanted: tuple[str, int] | None = None
-        self._joined = False
+        self._where = ''
         self._calls: dict[str, int] = {}
         self._event: Stop | Join | None = None
         self._error: BaseException | None = None
@@ -100,29 +100,18 @@ class Walk:
         self._thread = threading.Thread(target=self._run, args=(forward,), daemon=True)
         self._thread.start()
 
-    def to(self, layer: str, call: int = 0, joined: bool = False) -> Any:
-        """Go on to a call of a layer, or to the addition its output reaches.
+    def to(self, layer: str, call: int = 0, where: str = 'before') -> Any:
+        """Go on to a call of a layer.
+
+        Args:
+            layer: Its name.
+            call: Number of the call.
+            where: Pause 'before' it, 'after' it, or at the 'sum' that its output is added to.
 
         Returns:
-            A `Stop` or a `Join`; None if the pass ended without getting there.
+            A `Stop` or, at a sum, a `Join`; None if the pass ended without getting there.
         """
-        self._wanted, self._joined = (layer, call), joined
-        return self._resume()
-
-    def finish(self) -> Any:
-        """Run to the end; returns the output."""
-        self._wanted = None
-        self._resume()
-        return self.output
-
-    def close(self) -> None:
-        """Give the pass up."""
-        self._closed = True
-        self._go.release()
-        self._thread.join()
-        self._event = self.output = None
-
-    def _resume(self) -> Any:
+        self._wanted, self._where = (layer, call), where
         if not self._done:
             self._event = None
             self._go.release()
@@ -131,13 +120,20 @@ class Walk:
             raise self._error
         return self._event
 
+    def close(self) -> None:
+        """Give the pass up."""
+        self._closed = True
+        self._go.release()
+        self._thread.join()
+        self._event = None
+
     def _run(self, forward: Callable[[], Any]) -> None:
         self._go.acquire()
         try:
             if not self._closed:
                 _thread.walk = self
                 with torch.no_grad(), _Additions(self):
-                    self.output = forward()
+                    forward()
         except _Closed:
             pass
         except BaseException as e:  # raised again where the pass is moved from
@@ -156,19 +152,18 @@ class Walk:
 
     def before_layer(self, name: str, inputs: torch.Tensor) -> None:
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        if self._wanted == (name, call) and not self._joined and not self.after:
+        if self._where == 'before' and self._wanted == (name, call):
             self._pause(Stop(inputs, None))
 
     def after_layer(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         if self._wanted == (name, self._calls[name]):
-            if self._joined:
+            if self._where == 'sum':
                 _mark(outputs, Join(name, inputs, outputs.detach()))
-            elif self.after:
+            elif self._where == 'after':
                 self._pause(Stop(inputs, outputs))
 
     def at_addition(self, join: Join) -> None:
-        if self._wanted is not None and self._joined and self._wanted[0] == join.layer:
-            self._pause(join)
+        self._pause(join)
 
     def at_use(self, join: Join) -> None:
         pass
@@ -183,6 +178,7 @@ class Survey:
 
     Attributes:
         calls: The calls of layers, `(layer, number)`, in order.
+        held: Bytes of activations that an image holds at each call.
         order: Layers and, of those whose output is added, the additions: `(layer, joined)`.
         counts: How often each layer is called.
         joins: The addition that each layer's output reaches.
@@ -191,28 +187,38 @@ class Survey:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
+        self.held: list[int] = []
         self.order: list[tuple[str, bool]] = []
         self.counts: dict[str, int] = {}
         self.joins: dict[str, Join] = {}
         self.norms: dict[str, torch.Tensor] = {}
         self._spoiled: set[str] = set()
+        self._partners: dict[str, str] = {}
 
-    def run(self, model: nn.Module, names: Iterable[str], images: torch.Tensor) -> 'Survey':
-        """Survey a model in eval mode on a few images."""
+    def run(self, model: nn.Module, names: Iterable[str], image: torch.Tensor) -> 'Survey':
+        """Survey a model in eval mode with two copies of one image `[1, C, H, W]`."""
+        images = torch.cat([image, image])
+        self._image = image.nbytes
         _thread.walk = self
         try:
-            with torch.no_grad(), hooked(model, names), _Additions(self):
+            with torch.no_grad(), hooked(names, model), _Additions(self), _Held(model) as self._memory:
                 model(images)
         finally:
             _thread.walk = None
         for name in self._spoiled:
             self.joins.pop(name, None)
             self.norms.pop(name, None)
+        # of two layers that meet at one addition, the one computed first aims at it
+        place = {name: i for i, (name, joined) in enumerate(self.order) if not joined}
+        for name, partner in self._partners.items():
+            if {name, partner} <= self.joins.keys() and place[partner] < place[name]:
+                del self.joins[name]
         return self
 
     def before_layer(self, name: str, inputs: torch.Tensor) -> None:
         count = self.counts[name] = self.counts.get(name, 0) + 1
         self.calls.append((name, count - 1))
+        self.held.append(self._image + self._memory.bytes // 2)
         if count == 1:
             self.order.append((name, False))
         else:
@@ -222,10 +228,10 @@ class Survey:
         _mark(outputs, Join(name, inputs, outputs.detach()))
 
     def at_addition(self, join: Join) -> None:
-        partner = getattr(join.other, '_lean_join', None)  # of two layers at one addition, the first one aims at it
-        if partner is not None and self.order.index((partner.layer, False)) < self.order.index((join.layer, False)):
-            return
         self.joins[join.layer] = join
+        partner = getattr(join.other, '_lean_join', None)
+        if partner is not None:
+            self._partners[join.layer] = partner.layer
         self.order.append((join.layer, True))
 
     def at_use(self, join: Join) -> None:
@@ -234,6 +240,29 @@ class Survey:
             self._spoiled.add(join.layer)
         if join.norm is not None:
             self.norms[join.layer] = join.norm
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of all tensors alive that were made within."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.bytes = 0
+        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.bytes += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, storage: int) -> None:
+        self.bytes -= self._sizes.pop(storage, 0)
 
 
 class _Additions(TorchFunctionMode):
@@ -320,8 +349,8 @@ def _same_shape(args: Any) -> bool:
 
 
 @contextmanager
-def hooked(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Within, the passes of a model notice the named layers."""
+def hooked(names: Iterable[str], *models: nn.Module) -> Iterator[None]:
+    """Within, the passes of models notice the named layers, as far as a model has them."""
     def before(name: str) -> Callable[..., None]:
         return lambda module, args: _thread.walk.before_layer(name, args[0]) if _watched(args) else None
 
@@ -329,9 +358,12 @@ def hooked(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         return lambda module, args, out: _thread.walk.after_layer(name, args[0], out) if _watched(args) else None
 
     handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    for model in models:
+        modules = dict(model.named_modules())
+        for name in names:
+            if name in modules:
+                handles += [modules[name].register_forward_pre_hook(before(name)),
+                            modules[name].register_forward_hook(after(name))]
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ silently skipped and grouped convolutions stay valid.
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from timm.layers import EcaModule
 
+from timm_lean.calibration import calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
@@ -74,6 +75,7 @@ def prune_channels(
         normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
         importance: Callable[[Any], torch.Tensor | None] | None = None,
         between_steps: Callable[[nn.Module, int], None] | None = None,
+        calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Remove the least important channels of a timm model.
 
@@ -95,6 +97,8 @@ def prune_channels(
         normalizer: See `SpectralImportance`.
         importance: Any Torch-Pruning importance instead of the criterion.
         between_steps: Called as `(model, step)` after every step but the last, e.g. to train.
+        calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: the channels that
+            are left make up for those that went, see `calibrate`.
 
     Returns:
         A new model in the given one's mode, with a `ChannelReport` as `.lean_report`; the given one is unchanged.
@@ -139,7 +143,10 @@ def prune_channels(
         params=(count_params(model), count_params(new)), macs=(macs, macs_after), touched=changed_params(model, new),
         kept=tracker.kept, kept_inputs=tracker.kept_inputs, layers=_widths(model, tracker.kept),
         unchanged=tuple(unchanged.items()))
-    return hand_over(new.train(model.training), report, 'Channel pruning')
+    new.train(model.training)
+    if calibration is not None:
+        new = calibrate(new, model, calibration, kept=report.kept)
+    return hand_over(new, report, 'Channel pruning')
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ zeroes them again after every optimizer step, whatever momentum or weight decay 
 import copy
 import logging
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
+from timm_lean.calibration import calibrate, output_scores
 from timm_lean.checkpoint.recipe import has_step, record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
@@ -65,6 +67,7 @@ class KernelPruner(ZeroKeeper):
         every: Progress between two updates of the masks.
         seed: For the criterion 'random'.
         again: Prune a model that has been pruned before. Its zero kernels stay dead.
+        scores: Scores `[N, C]` by name of the filter bank, instead of the criterion's; they stay as they are.
 
     Raises:
         LeanError: Contradicting or unusable arguments, no convolutions, NaN weights, kernels that the criterion cannot
@@ -89,8 +92,10 @@ class KernelPruner(ZeroKeeper):
             every: float = 1.0,
             seed: int = 0,
             again: bool = False,
+            scores: Mapping[str, torch.Tensor] | None = None,
     ):
-        self.criterion = check_criterion(criterion)
+        self.criterion = check_criterion(criterion) if scores is None else criterion
+        self._scores = scores
         given = {k: v for k, v in dict(threshold=threshold, contrib=contrib, amount=amount).items() if v is not None}
         if len(given) != 1:
             raise LeanError(f'Pruning needs exactly one of threshold, contrib and amount, got {given or "none"}.')
@@ -191,6 +196,8 @@ class KernelPruner(ZeroKeeper):
                 record_step(model, STEP, criterion=self.criterion, **{self.rule: self.value})
 
     def _score(self, bank: FilterBank, weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        if self._scores is not None:
+            return self._scores[bank.name].clone()
         try:
             return kernel_scores(weight, self.criterion, generator)
         except LeanError as e:
@@ -242,8 +249,15 @@ def prune_kernels(
         min_keep: float = 0.01,
         seed: int = 0,
         again: bool = False,
+        calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Prune a model's kernels once. To prune while training, and for what the options mean: `KernelPruner`.
+    """Prune a model's kernels once. To prune while training, and for what the other options mean: `KernelPruner`.
+
+    Args:
+        criterion: One of `spectral`'s, or 'output': by how much of its energy the output error of a layer grows if the
+            kernel goes and the others make up for it (`calibration.output_scores`).
+        calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: the kernels that
+            are left make up for those that went, see `calibrate`.
 
     Returns:
         A new model in the given one's mode, with a `KernelReport` as `.lean_report`; the given one is unchanged.
@@ -251,10 +265,22 @@ def prune_kernels(
     Raises:
         LeanError: As `KernelPruner`.
     """
-    new = copy.deepcopy(unwrap_model(model))
+    model = unwrap_model(model)
+    new = copy.deepcopy(model)
+    scores = None
+    if calibration is not None:
+        calibration = list(calibration)
+    if criterion == 'output':
+        if calibration is None or amount is None:
+            raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a kernel does, and an "
+                            'amount.')
+        names = [bank.name for bank in find_filter_banks(model, include, exclude, user='Kernel pruning')]
+        scores = output_scores(model, names, calibration)
     report = KernelPruner(
         new, criterion=criterion, threshold=threshold, contrib=contrib, amount=amount, scope=scope, include=include,
-        exclude=exclude, min_keep=min_keep, seed=seed, again=again).prune()
+        exclude=exclude, min_keep=min_keep, seed=seed, again=again, scores=scores).prune()
+    if calibration is not None:
+        new = calibrate(new, model, calibration)
     return hand_over(new, report, 'Kernel pruning')
 
 

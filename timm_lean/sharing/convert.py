@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.calibration import calibrate, insert_norms
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import changed_params, hand_over
@@ -13,7 +14,6 @@ from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
 from timm_lean.measure.report import count_params
 
-from .calibration import calibrate
 from .groups import Group, find_groups
 from .ranks import rank_for_energy, ranks_for_budget
 from .report import LayerShare, ShareReport
@@ -58,7 +58,9 @@ def share(
         bn: Put a batch norm between filters and coefficients, as the paper's networks have. It changes nothing at
             first: its weight and bias undo its statistics. In training mode that holds as far as the statistics of a
             batch are those of the calibration images.
-        calibration: For `bn`: batches of images `[B, C, H, W]`, or tuples that start with them, on the model's device.
+        calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: bases and all
+            other layers are fitted so that the outputs stay near the original's, see `calibrate`. Without, the weights
+            are approximated.
 
     Returns:
         A new network of the same mode, with a `ShareReport` as `.lean_report`.
@@ -67,8 +69,8 @@ def share(
         LeanError: Arguments that cannot be met, a budget out of reach, or no convolutions that could share.
     """
     _check(shared_rank, energy, params, unique_rank)
-    if bn != (calibration is not None):
-        raise LeanError('bn=True and calibration=LOADER go together: the batch norms get their statistics from it.')
+    if bn and calibration is None:
+        raise LeanError('bn=True needs calibration=LOADER: the batch norms get their statistics from its images.')
     groups = find_groups(model, dual, stages, include, exclude)
     before = count_params(model)
     if params is not None:
@@ -87,7 +89,10 @@ def share(
     layers = [layer for index, (group, rank) in enumerate(zip(groups, ranks, strict=True))
               for layer in _fill(new, group, rank, index)]
     if calibration is not None:
-        calibrate(new, [layer.name for layer in layers], calibration)
+        calibration = list(calibration)
+        new = calibrate(new, model, calibration)
+        if bn:
+            insert_norms(new, _add_norms(new, plan), calibration)
     error = None if example_input is None else _measure(model, new, example_input, layers)
     record_step(new, 'share', groups=plan)
     report = ShareReport(params=(before, count_params(new)), touched=changed_params(model, new), layers=tuple(layers),
@@ -100,6 +105,7 @@ def _share_step(model: nn.Module, groups: list[dict[str, Any]]) -> nn.Module:
     """The structure that `share` recorded, newly initialized."""
     try:
         _restructure(model, groups)
+        _add_norms(model, groups)
     except (AttributeError, KeyError, TypeError) as e:
         raise LeanError(f"The recipe step 'share' does not fit this network: {type(e).__name__}: {e}.") from e
     return model
@@ -133,7 +139,7 @@ def _restructure(model: nn.Module, plan: list[dict[str, Any]]) -> None:
                     group['shared_rank'], conv.in_channels, size, stage=group['stage'], kind=group['kind'], **dd)
             layer = SharedBasisConv2d(
                 conv.in_channels, conv.out_channels, size, basis, group['unique_rank'], stride=conv.stride[0],
-                norm_layer=nn.BatchNorm2d if group.get('bn') else None,
+                norm_layer=None,
                 padding=int(conv.padding[0]), dilation=conv.dilation[0],
                 bias=conv.bias is not None, **dd)
             if conv.bias is not None:
@@ -141,6 +147,16 @@ def _restructure(model: nn.Module, plan: list[dict[str, Any]]) -> None:
             layer.train(conv.training)
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _add_norms(model: nn.Module, plan: list[dict[str, Any]]) -> list[str]:
+    """Put a new batch norm between filters and coefficients where the plan says so; returns their names."""
+    names = [name for group in plan if group.get('bn') for name in group['layers']]
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        mix = layer.coeff.weight
+        layer.bn = nn.BatchNorm2d(mix.shape[1], device=mix.device, dtype=mix.dtype).train(layer.training)
+    return [f'{name}.bn' for name in names]
 
 
 @torch.no_grad()

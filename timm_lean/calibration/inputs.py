@@ -1,0 +1,113 @@
+"""What images excite in a network: second moments of its layers' inputs, and what follows from them for pruning.
+
+By how much a layer's output error grows when a kernel `w` (one output, one input channel) goes and the other weights of
+its filter make up for it is `w^T ([H^-1]_cc)^-1 w`, `[H^-1]_cc` the kernel's block of the inverse of the covariance of
+what the filter sees: Hassibi & Stork 1993 (optimal brain surgeon), for blocks.
+"""
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from timm_lean.errors import LeanError
+
+from .fleet import fleet
+from .images import load_chunks, pick_positions
+from .layers import is_layer, patches
+from .moments import all_reduce
+from .walk import Survey, evaluation
+
+__all__ = ['input_covariances', 'output_scores']
+
+
+@torch.no_grad()
+def input_covariances(
+        model: nn.Module,
+        names: Sequence[str],
+        batches: Iterable[Any],
+        *,
+        positions: int = 64,
+        ridge: float = 1e-3,
+        memory_limit: float = 4e9,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Covariances of what the filters of convolutions see, over all images and calls.
+
+    Args:
+        model: The network.
+        names: Its convolutions.
+        batches: Images `[B, C, H, W]`, or tuples that start with them.
+        positions: Positions of each image and layer, at most.
+        ridge: Added to the diagonal, relative to its mean.
+        memory_limit: Bytes that activations may take.
+
+    Yields:
+        Name and covariance `[groups, d, d]` in float64, as soon as a layer has been called for the last time.
+    """
+    chunks = load_chunks(batches)
+    device = next(model.parameters()).device
+    with evaluation(model):
+        survey = Survey().run(model, names, chunks[0].images[:1].to(device))
+        left = dict(survey.counts)
+        sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        with fleet([model], names, chunks, survey, memory_limit) as ships:
+            for index, (name, call) in enumerate(survey.calls):
+                layer: Any = model.get_submodule(name)
+                for ship in ships.at(name, call):
+                    stop = ship.walks[0].to(name, call, 'after')
+                    count = stop.outputs[0, 0].numel()
+                    chosen = pick_positions(count, positions, 1_000_003 * index + ship.index, device)
+                    x = patches(layer, stop.inputs, chosen).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+                    gram, total, number = (x.mT @ x).double(), x.double().sum(1), x.new_tensor(x.shape[1]).double()
+                    before = sums.get(name)
+                    sums[name] = (gram, total, number) if before is None else (
+                        before[0] + gram, before[1] + total, before[2] + number)
+                left[name] -= 1
+                if not left[name]:
+                    all_reduce(list(sums[name]))
+                    yield name, _covariance(*sums.pop(name), ridge)
+
+
+@torch.no_grad()
+def output_scores(
+        model: nn.Module, names: Sequence[str], batches: Iterable[Any], **options: Any) -> dict[str, torch.Tensor]:
+    """By how much of its energy a layer's output error grows if a kernel goes and the others make up for it.
+
+    Args:
+        model: The network.
+        names: Its convolutions.
+        batches: Images `[B, C, H, W]`, or tuples that start with them.
+        **options: As for `input_covariances`.
+
+    Returns:
+        Scores `[N, C / groups]` in float64 by name.
+
+    Raises:
+        LeanError: A layer that is no plain convolution, or images as `load_chunks` refuses them.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Conv2d) or not is_layer(layer):
+            raise LeanError(f"The criterion 'output' scores plain convolutions, and {name!r} is a "
+                            f'{type(layer).__name__}. Prune before sharing, or leave it out by exclude.')
+    return {name: _scores(model.get_submodule(name), covariance)
+            for name, covariance in input_covariances(model, names, batches, **options)}
+
+
+def _scores(layer: Any, covariance: torch.Tensor) -> torch.Tensor:
+    weight = layer.weight.detach().double().unflatten(0, (layer.groups, -1)).flatten(3)  # [groups, N, C, k]
+    channels, size = weight.shape[2:]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    blocks = inverse.unflatten(2, (channels, size)).unflatten(1, (channels, size))
+    blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [groups, C, k, k]
+    increase = torch.einsum('gnck,gckl,gncl->gnc', weight, torch.linalg.inv(blocks), weight)
+    rows = weight.flatten(2)
+    energy = (rows @ covariance * rows).sum().clamp_min(1e-30)
+    return (increase / energy).flatten(0, 1)
+
+
+def _covariance(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor, ridge: float) -> torch.Tensor:
+    covariance = (gram - total[:, :, None] * total[:, None] / count) / count
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    penalty = (ridge * diagonal.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(diagonal)
+    return covariance + torch.diag_embed(penalty)
