@@ -1,6 +1,7 @@
 """Calibration of whole networks: what it must keep, what it must improve, and what it must refuse."""
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +9,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import calibrate
+from timm_lean.calibration import calibrate, output_scores
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
 from timm_lean.models.resnet_cifar import CifarResNet
@@ -93,6 +94,41 @@ def test_frozen_layers_stay(images):
     for (name, a), b in zip(model.layer1.state_dict().items(), new.layer1.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(model.layer2[1].conv2.weight, new.layer2[1].conv2.weight)
+
+
+def test_kernels_chosen_by_what_they_do(images, unseen):
+    """A kernel that reads a channel which is always 0 goes first, however large it is."""
+    original = network()
+    with torch.no_grad():
+        original.bn1.weight[3] = 0
+        original.bn1.bias[3] = -1
+        original.layer1[0].conv1.weight[:, 3] *= 100
+    new = prune_kernels(original, criterion='output', amount=0.3, scope='layer', calibration=[images])
+    assert not bool(new.layer1[0].conv1.weight[:, 3].any())
+    other = prune_kernels(original, criterion='random', amount=0.3, scope='layer', calibration=[images])
+    assert error(new, original, unseen) < error(other, original, unseen)
+    with pytest.raises(LeanError, match='needs calibration=LOADER'):
+        prune_kernels(original, criterion='output', amount=0.3)
+    with pytest.raises(LeanError, match='scores plain convolutions'):
+        prune_kernels(share(original, shared_rank=8), criterion='output', amount=0.3, calibration=[images])
+
+
+def test_scores_are_the_growth_of_the_error(images):
+    """By brute force: take one kernel away, fit the others of its filter by lstsq, compare the errors."""
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False).double())
+    x = torch.randn(8, 3, 6, 6, dtype=torch.float64)
+    scores = output_scores(conv, ['0'], [x], ridge=0.)['0']
+    rows = nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    rows = rows - rows.mean(0)
+    weight = conv[0].weight.detach().flatten(1)
+    energy = (rows @ weight.T).square().sum()
+    for o in range(2):
+        for c in range(3):
+            others = rows[:, [i for i in range(27) if i // 9 != c]].numpy()
+            gone = (rows[:, 9 * c:9 * c + 9] @ weight[o, 9 * c:9 * c + 9]).numpy()
+            left = gone - others @ np.linalg.lstsq(others, gone, rcond=None)[0]
+            assert float(scores[o, c]) == pytest.approx((left ** 2).sum() / float(energy), rel=1e-6)
 
 
 class Channels(nn.Module):

@@ -21,6 +21,7 @@ PARTS = {
     'regularizers': 'regularizers as a share of a training step',
     'detection': "a detector's training iteration, with and without hooks",
     'criteria': 'pruning criteria against torch.linalg and a loop',
+    'calibration': 'time and memory of calibration against plain forward passes',
     'entropy': 'entropy of images against bare decoding',
 }
 

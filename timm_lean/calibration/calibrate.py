@@ -51,7 +51,7 @@ def calibrate(
         ridge: Penalty on a change of weights, relative to the mean square of a layer's inputs.
         rounds: Rounds of fitting shared bases jointly and then all layers front to back. Without shared bases one is
             enough, and one is made.
-        positions: Positions of each image that a layer is fitted to, at most.
+        positions: Positions of each image that a layer is fitted to, at most; fewer where they are more than enough.
         reestimate_bn: Measure the batch norms' statistics anew at the end, if that lowers the output error.
         memory_limit: Bytes that activations may take.
         progress: Show a progress bar.
@@ -78,8 +78,8 @@ class _Calibration:
             ridge: float, positions: int, memory_limit: float, progress: bool):
         self.new, self.original, self.chunks, self.kept = new, original, chunks, kept
         self.ridge, self.positions, self.limit, self.progress = ridge, positions, memory_limit, progress
-        parameter = next(new.parameters())
-        self.device = parameter.device
+        self.device = next(new.parameters()).device
+        self.images = sum(len(chunk.held) for chunk in chunks)
         self.names = [name for name, module in new.named_modules() if is_layer(module)]
         inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
         self.names = [name for name in self.names if not name.startswith(tuple(inside))]
@@ -190,7 +190,7 @@ class _Calibration:
             raise LeanError(f'The original does not run the layer {name!r} as the compressed network does: it is not '
                             'the network that it was made from.')
         rows0 = rows_of(layer.layer, there.outputs)
-        chosen = pick_positions(rows0.shape[1], self.positions, 1_000_003 * index + ship.index, self.device)
+        chosen = self._positions(rows0.shape[1], layer.size, index, ship)
 
         def sampled(y: torch.Tensor) -> torch.Tensor:
             return _at(rows_of(layer.layer, y), chosen)
@@ -210,6 +210,10 @@ class _Calibration:
         lacking = targets - outputs
         shape = (len(inputs), layer.groups, layer.filters)
         return inputs, lacking.view(shape), targets.view(shape), here if joined else None
+
+    def _positions(self, count: int, inputs: int, index: int, ship: Ship) -> torch.Tensor | None:
+        return pick_positions(
+            count, self.positions, inputs, self.images, 1_000_003 * index + ship.index, self.device)
 
     def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
         here = layer.groups * layer.filters
@@ -246,7 +250,7 @@ class _Calibration:
                     there = ship.walks[0].to(name, call, 'after')
                     here = there if first else ship.walks[1].to(name, call)
                     layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
-                    chosen = pick_positions(rows.shape[1], self.positions, 1_000_003 * index + ship.index, self.device)
+                    chosen = self._positions(rows.shape[1], group.size, index, ship)
                     inputs = patches(layer, here.inputs, chosen)
                     held = ship.held.repeat_interleave(len(inputs) // len(ship.held))
                     group.add(name, inputs, _at(rows, chosen), held)

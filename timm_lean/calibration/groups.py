@@ -32,6 +32,7 @@ class BasisGroup:
         self.names = list(layers)
         self.basis = layers[self.names[0]].basis
         self.originals = originals
+        self.size = next(iter(originals.values())).shape[1]
         self._train: dict[str, Moments] = {}
         self._held: dict[str, Moments] = {}
 

@@ -12,6 +12,8 @@ __all__ = ['Chunk', 'load_chunks', 'pick_positions']
 HELD_OUT = 4  # every fourth image is held out
 _CHUNK_VALUES = 2 ** 22  # numbers in one piece: 27 images of 224 x 224 pixels, 1,365 of 32 x 32
 _CHUNK_IMAGES = 256
+_SAMPLES_PER_INPUT = 24
+_LEAST_SAMPLES = 8192
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,22 @@ def load_chunks(batches: Iterable[Any]) -> list[Chunk]:
     return chunks
 
 
-def pick_positions(count: int, wanted: int, seed: int, device: torch.device) -> torch.Tensor | None:
-    """Which of a map's positions to look at, the same for all images of a piece; None for all."""
+def pick_positions(
+        count: int, most: int, inputs: int, images: int, seed: int, device: torch.device) -> torch.Tensor | None:
+    """Which of a map's positions to look at, the same for all images of a piece: no more than a layer needs.
+
+    Args:
+        count: Positions of the map.
+        most: Positions at most.
+        inputs: Inputs of each filter, whose number says how many samples are enough.
+        images: Images in all.
+        seed: What to draw by.
+        device: Where the indices are wanted.
+
+    Returns:
+        Indices into the flattened map, in order; None for all.
+    """
+    wanted = min(most, -(-max(_SAMPLES_PER_INPUT * inputs, _LEAST_SAMPLES) // images))
     if count <= wanted:
         return None
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values.to(device)

@@ -46,6 +46,7 @@ def input_covariances(
     """
     chunks = load_chunks(batches)
     device = next(model.parameters()).device
+    images = sum(len(chunk.held) for chunk in chunks)
     with evaluation(model):
         survey = Survey().run(model, names, chunks[0].images[:1].to(device))
         left = dict(survey.counts)
@@ -56,7 +57,8 @@ def input_covariances(
                 for ship in ships.at(name, call):
                     stop = ship.walks[0].to(name, call, 'after')
                     count = stop.outputs[0, 0].numel()
-                    chosen = pick_positions(count, positions, 1_000_003 * index + ship.index, device)
+                    chosen = pick_positions(
+                        count, positions, layer.weight[0].numel(), images, 1_000_003 * index + ship.index, device)
                     x = patches(layer, stop.inputs, chosen).unflatten(1, (layer.groups, -1)).transpose(0, 1)
                     gram, total, number = (x.mT @ x).double(), x.double().sum(1), x.new_tensor(x.shape[1]).double()
                     before = sums.get(name)

@@ -146,8 +146,9 @@ def patches(layer: Any, x: torch.Tensor, positions: torch.Tensor | None) -> torc
         positions = torch.arange(height * width, device=x.device)
     rows = (positions // width * sh)[:, None] + torch.arange(kh, device=x.device) * dh
     columns = (positions % width * sw)[:, None] + torch.arange(kw, device=x.device) * dw
-    seen = x[:, :, rows[:, :, None], columns[:, None, :]]  # [B, C, positions, kh, kw]
-    return seen.transpose(1, 2).flatten(0, 1).flatten(1)
+    places = (rows[:, :, None] * x.shape[3] + columns[:, None, :]).flatten()
+    seen = x.flatten(2).index_select(2, places)  # [B, C, positions * kh * kw]
+    return seen.unflatten(2, (-1, kh * kw)).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _padding(layer: Any, x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
