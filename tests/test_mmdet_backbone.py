@@ -5,12 +5,13 @@ import pytest
 import timm
 import torch
 from mmdet_support import SHARED, batch, losses_of, open_config, predictions_of
+from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
 
 from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
-from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.mmdet.detector import build_detector, describe, load_strictly, save_detector
 from timm_lean.mmdet.prune import prune_detector
 
 from conftest import randomize_batchnorm  # isort: skip
@@ -239,7 +240,7 @@ def test_share_meets_a_budget_and_the_recipe_rebuilds_it(dense_file, tmp_path):
 
 @pytest.mark.parametrize('share, message', [
     (dict(params=0.5), 'only random ones. Give pretrained=True or checkpoint=FILE, or shared_rank instead of params'),
-    (dict(shared_rank=4, rank=2), "option that timm_lean.share does not take: .*'rank'"),
+    (dict(shared_rank=4, rank=2), r"has no argument 'rank'\. It takes shared_rank, energy, params"),
     (dict(shared_rank=0), 'whole number of at least 1, got 0'),
     (dict(), 'exactly one of shared_rank, energy and params'),
     (0.5, r'must be a dict .* like dict\(params=0.5\), got 0.5'),
@@ -264,3 +265,47 @@ def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in loaded.parameters())
     steps = load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps
     assert [step['op'] for step in steps] == ['share', 'resize']
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_native_checkpoints_of_mmdetections_resnets(depth, tmp_path):
+    """MMDetection's ResNet has timm's names; its detectors' files give the same features, to the last bit."""
+    from mmdet.models.backbones import ResNet
+    torch.manual_seed(0)
+    native = randomize_batchnorm(ResNet(depth, norm_eval=False)).eval()
+    state = {f'backbone.{name}': value for name, value in native.state_dict().items()}
+    path = str(tmp_path / 'native.pth')
+    torch.save(dict(state_dict={**state, 'bbox_head.fc.weight': torch.zeros(2)}, meta=dict(epoch=1)), path)
+    x = torch.randn(1, 3, 64, 64)
+    detector = torch.nn.Module()
+    detector.backbone = TimmBackbone(f'resnet{depth}')
+    load_checkpoint(detector, path)
+    for backbone in (TimmBackbone(f'resnet{depth}', checkpoint=path), detector.backbone):
+        for found, wanted in zip(backbone.eval()(x), native(x), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_detectors_with_a_native_backbone_initialize_ours(tmp_path):
+    cfg = open_config(SHARED)
+    cfg.model.backbone = dict(type='mmdet.ResNet', depth=18, out_indices=(1, 2, 3), init_cfg=None)
+    cfg.model.neck.in_channels = [128, 256, 512]
+    native = build_detector(cfg)
+    torch.save(dict(state_dict=native.state_dict()), tmp_path / 'native.pth')
+    cfg.model.backbone = dict(type='TimmBackbone', model_name='resnet18', out_indices=(2, 3, 4))
+    ours = build_detector(cfg)
+    load_strictly(ours, tmp_path / 'native.pth')
+    data = batch(64, classes=10)
+    for found, wanted in zip(predictions_of(ours, data), predictions_of(native, data), strict=True):
+        assert torch.equal(found.pred_instances.bboxes, wanted.pred_instances.bboxes)
+
+
+def test_unknown_arguments_of_registered_classes():
+    from mmengine.registry import HOOKS, MODELS
+    with pytest.raises(LeanError, match=r"TimmBackbone has no argument 'depth'\. It takes model_name, pretrained"):
+        MODELS.build(dict(type='TimmBackbone', model_name='resnet18', depth=18))
+    with pytest.raises(LeanError, match="SafetensorsHook has no argument 'every'"):
+        HOOKS.build(dict(type='SafetensorsHook', every=2))
+    with pytest.raises(LeanError, match="KernelPruningHook has no argument 'sparsity'"):
+        HOOKS.build(dict(type='KernelPruningHook', amount=0.5, sparsity=1))
+    with pytest.raises(LeanError, match=r"share=.* has no argument 'parms'"):
+        TimmBackbone('resnet18', share=dict(parms=0.5, shared_rank=4))

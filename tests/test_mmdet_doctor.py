@@ -1,6 +1,7 @@
 """`doctor` with and without MMDetection, and on broken installations."""
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ def test_this_environment(capsys, monkeypatch):
     lines, status = doctor.diagnose()
     assert lines[0].startswith('timm-lean ') and 'torch ' in lines[1] and lines[2].startswith('devices: cpu')
     if INSTALLED:
+        assert any(re.search(r'compiled, /|[1-9]\d* by the torchvision/torch stand-in', line) for line in lines)
         assert any('MMDetection is ready' in line or 'does not import' in line for line in lines)
     else:
         assert status == 0 and any("pip install 'timm-lean[mmdet]'" in line for line in lines)
@@ -41,7 +43,7 @@ def healthy(monkeypatch):
     """An environment with all of MMDetection, whatever is installed here."""
     versions = dict.fromkeys(('torch', 'mmengine', 'mmcv-lite', 'mmdet', 'opencv-python'), '1.0')
     find = importlib.util.find_spec
-    names = ('mmengine', 'mmcv', 'mmdet', 'pycocotools', 'cv2')
+    names = ('mmengine', 'mmcv', 'mmdet', 'pycocotools', 'cv2', 'pkg_resources')
     monkeypatch.setattr(doctor, '_versions', lambda: versions)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: True if n in names else find(n, *a))
     monkeypatch.setattr(doctor, '_python', lambda *a: '')
@@ -100,3 +102,20 @@ def test_compiled_extension_of_another_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: spec if n == 'mmcv' else find(n, *a))
     line, problems = doctor._operators()
     assert 'compiled for another torch' in line and 'mmcv-lite<2.2' in problems[0] and 'ImportError' in problems[0]
+
+
+def test_setuptools_without_pkg_resources(healthy, monkeypatch):
+    healthy['setuptools'] = '84.0'
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: None if n == 'pkg_resources' else find(n, *a))
+    lines, status = doctor.diagnose()
+    assert status == 1 and 'setuptools 84.0' in lines[-1] and "pip install 'setuptools<82'" in lines[-1]
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_seaborn(healthy, monkeypatch, installed):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda n, *a: (True if installed else None) if n == 'seaborn' else find(n, *a))
+    lines, status = doctor.diagnose()
+    assert status == 0 and any('analyze_logs.py' in line for line in lines) != installed

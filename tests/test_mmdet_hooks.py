@@ -117,6 +117,26 @@ def test_whole_detector_as_target(tmp_path):
     assert logged == pytest.approx(sum(w.abs().sum().item() for w in convs), rel=0.1)
 
 
+def test_a_term_replaces_no_loss_of_the_detector(tmp_path):
+    """A detector that computes `loss_l1` and `l1` itself, as YOLOX does `loss_l1`."""
+    model = torch.nn.Module()
+    model.conv = torch.nn.Conv2d(1, 1, 1, bias=False)
+    model.forward = lambda inputs, data_samples=None, mode='tensor': {'loss_l1': torch.tensor(5.), 'loss_cls': inputs}
+
+    class FakeRunner:
+        hooks: list = []  # noqa: RUF012
+        iter, max_iters = 0, 10
+
+    FakeRunner.model = model
+    hook = RegularizerHook([dict(type='l1', weight=2.), dict(type='kernel_ortho', weight=1.)], target='')
+    hook.before_train(FakeRunner)
+    losses = model(torch.tensor(7.), mode='loss')
+    size = model.conv.weight.abs().item()
+    assert losses['loss_l1'] == 5 and losses['loss_cls'] == 7 and 'l1' not in losses
+    assert losses['loss_l1_reg'].item() == pytest.approx(2 * size) and losses['l1_reg'].item() == pytest.approx(size)
+    assert {'loss_kernel_ortho', 'kernel_ortho'} < set(losses)
+
+
 def test_checkpoints_hold_the_evaluated_detector(tmp_path):
     cfg = scenes_config(tmp_path, epochs=2)
     runner = Runner.from_cfg(cfg)

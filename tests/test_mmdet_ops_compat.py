@@ -140,3 +140,46 @@ def test_python_without_find_loader(monkeypatch: pytest.MonkeyPatch) -> None:
         ext_loader.check_ops_exist()
     assert compat.mend_find_loader()
     assert ext_loader.check_ops_exist() and misc.mmcv_full_available()
+
+
+def test_train_and_eval_return_the_model():
+    """Every class of MMDetection that has a `train` of its own; torch's convention is `return self`."""
+    from mmdet.models.backbones import ResNet
+    from mmdet.registry import MODELS
+    model = ResNet(18)
+    assert model.eval() is model and not model.training and model.train() is model and model.training
+    with torch.device('meta'):
+        for name in ('MobileNetV2', 'CSPDarknet', 'SSDVGG', 'HRNet', 'SwinTransformer'):
+            extra = dict(depth=16) if name == 'SSDVGG' else {}
+            if name == 'HRNet':
+                stage = dict(num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,), num_channels=(4,))
+                branches = {f'stage{n}': dict(
+                    num_modules=1, num_branches=n, block='BASIC', num_blocks=(1,) * n, num_channels=(4,) * n)
+                    for n in (2, 3, 4)}
+                extra = dict(extra=dict(stage1=stage, **branches))
+            kind = MODELS.get(name)
+            assert kind(**extra).train() is not None, name
+
+
+def test_configs_inherit_without_pkg_resources(monkeypatch, tmp_path):
+    """setuptools 82 removed `pkg_resources`; with it the two ways give the same config."""
+    import importlib.util
+    import sys
+
+    from mmengine.config import Config, config
+    from mmengine.hub import hub
+
+    path = tmp_path / "inherits.py"
+    path.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n")
+    expected = Config.fromfile(path).pretty_text if importlib.util.find_spec("pkg_resources") else None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "pkg_resources" else find(n, *a))
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    for module, name in ((config, "is_installed"), (config, "get_installed_path"), (hub, "get_installed_path")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
+    assert compat.mend_config_inheritance()
+    assert expected in (None, Config.fromfile(path).pretty_text)
+    assert hub.get_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py").model.backbone.depth == 18
+    path.write_text("_base_ = 'mmseg::x/y.py'\n")
+    with pytest.raises(ModuleNotFoundError, match="mmsegmentation is not installed"):
+        Config.fromfile(path)

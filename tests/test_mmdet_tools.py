@@ -10,17 +10,33 @@ import sys
 import time
 from pathlib import Path
 
+import mmengine
 import numpy as np
 import pytest
 import torch
-from mmdet_support import DENSE, ROOT, SHARED, TOOLS, batch, open_config, option_list, predictions_of, scenes_config
+from mmdet_support import (
+    CONFIGS,
+    DENSE,
+    ROOT,
+    SHARED,
+    TOOLS,
+    batch,
+    open_config,
+    option_list,
+    predictions_of,
+    scenes_config,
+)
 from PIL import Image
 
 from timm_lean import CheckpointError, LeanError
 from timm_lean.mmdet import TimmBackbone, export_detector, launch, load_detector, predict_images, write_scenes
+from timm_lean.mmdet.__main__ import main
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.mmdet.own_data import set_classes, settle_data
+from timm_lean.mmdet.prune import prune_detector
 from timm_lean.mmdet.settings import parse_config
+from timm_lean.mmdet.weights import detector_header
 from timm_lean.pruning import kernel_report
 
 MMDET_TOOLS = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim' / 'tools'
@@ -55,6 +71,33 @@ def test_test_det(trained, name, tmp_path):
     assert launch.test_main([str(SHARED), str(trained / 'run' / name), *options]) == 0
     logs = list(tmp_path.glob('*/*.json'))
     assert 'coco/bbox_mAP' in json.loads(logs[0].read_text())
+
+
+def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
+    """By the config it carries: the same metrics as with it, also with its channels pruned; and what it can write."""
+    def scores(folder):
+        return json.loads(next(folder.glob('*/*.json')).read_text())
+
+    best = trained / 'run' / 'best.safetensors'
+    options = option_list(trained)[2:]
+    assert launch.test_main([str(SHARED), str(best), '--work-dir', str(tmp_path / 'a'), *options]) == 0
+    arguments = ['--out', str(tmp_path / 'found.pkl'), '--show-dir', str(tmp_path / 'pictures')]
+    assert main(['test', str(best), '--work-dir', str(tmp_path / 'b'), *arguments]) == 0
+    assert scores(tmp_path / 'a')['coco/bbox_mAP'] == scores(tmp_path / 'b')['coco/bbox_mAP']
+    found = mmengine.load(tmp_path / 'found.pkl')
+    assert len(found) == 4 and found[0]['pred_instances']['bboxes'].shape[1] == 4
+    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 4
+    pruned = tmp_path / 'pruned.safetensors'
+    prune_detector(best, pruned)
+    assert launch.test_main([str(pruned), '--tta', '--work-dir', str(tmp_path / 'c')]) == 0
+    assert 'coco/bbox_mAP' in scores(tmp_path / 'c')
+    folder = export_detector(None, best, tmp_path / 'folder')
+    assert launch.test_main([str(folder), '--work-dir', str(tmp_path / 'd')]) == 0
+    for bad, message in ((['--out', 'found.json'], 'must end in .pkl'), (['--wait-time', 'nan'], 'at least 0')):
+        assert launch.test_main([str(best), *bad]) == 2
+        assert message in capsys.readouterr().err
+    assert launch.test_main([str(trained / 'run' / 'epoch_1.pth')]) == 2
+    assert capsys.readouterr().err.count('\n') == 1
 
 
 def test_resume_continues(trained, tmp_path):
@@ -130,6 +173,25 @@ def test_predict_images(trained, tmp_path):
             predict_images(directory, **kwargs)
 
 
+@pytest.mark.parametrize('source', ['backbone of timm', 'backbone of MMDetection'])
+def test_pictures_in_the_colors_of_a_palette(source, tmp_path):
+    """JSON has lists for a palette's tuples, and matplotlib's colors are made of tuples."""
+    cfg = scenes_config(tmp_path)
+    if 'MMDetection' in source:
+        cfg.model.backbone = dict(type='mmdet.ResNet', depth=18, out_indices=(1, 2, 3), init_cfg=None)
+        cfg.model.neck.in_channels = [128, 256, 512]
+    model = build_detector(cfg)
+    colors = [(20 * i, 255 - 20 * i, 7) for i in range(10)]
+    header = describe(cfg, model, dict(classes=tuple('0123456789'), palette=colors))
+    save_detector(model, tmp_path / 'a.safetensors', header)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / 'i.png')
+    result, = predict_images(tmp_path / 'a.safetensors', [tmp_path / 'i.png'], tmp_path / 'o.jpg', score_thr=0.)
+    assert result['boxes'] and Image.open(tmp_path / 'o.jpg').size == (64, 64)
+    from mmengine.runner.checkpoint import CheckpointLoader
+    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.safetensors'))
+    assert loaded['meta']['dataset_meta']['palette'] == colors
+
+
 def test_checkpoint_of_another_detector(trained, tmp_path, capsys):
     best = str(trained / 'run' / 'best.safetensors')
     with pytest.raises(CheckpointError, match='another detector than the config describes'):
@@ -159,6 +221,56 @@ def coco(tmp_path):
     return root
 
 
+def test_own_data_in_one_line(coco, tmp_path, capsys):
+    """A folder with ten classes and a config for three: the names are read from the annotations, or said."""
+    cfg = open_config(BCCD)
+    settle_data(cfg, coco, [])
+    names = tuple('0123456789')
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.metainfo == dict(classes=names) and dataset.data_root == f'{coco}/'
+    assert cfg.model.bbox_head.num_classes == 10 and cfg.val_evaluator.ann_file == f'{coco}/annotations/test.json'
+    check_data(cfg, ('train', 'val', 'test'))
+    options = ['train_cfg.max_epochs=1', 'model.backbone.model_args.layers=(1,1,1,1)', 'log_level=ERROR',
+               'train_pipeline.2.scale=(64,64)', 'model.neck.out_channels=16', 'model.bbox_head.in_channels=16',
+               'model.bbox_head.feat_channels=16']
+    arguments = ['--work-dir', str(tmp_path / 'run'), '--data-root', str(coco), '--cfg-options', *options]
+    assert launch.train_main([str(BCCD), '--classes', *arguments]) == 0
+    assert detector_header(tmp_path / 'run' / 'last.safetensors')['metainfo']['classes'] == list(names)
+    assert launch.train_main([str(BCCD), '--classes', '0', 'cat', *arguments]) == 2
+    assert 'has the categories 0, 1, 2' in capsys.readouterr().err
+    assert launch.train_main([str(BCCD), '--classes', '--data-root', str(tmp_path / 'none')]) == 2
+    assert '--classes reads the names in the annotation file' in capsys.readouterr().err
+
+
+def test_own_data_by_a_config_that_inherits(coco, tmp_path):
+    """What a config says once counts for the datasets and heads of the base it inherits from."""
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = 'timm_lean::bccd/retinanet_resnet34_s8u1_bccd.py'\n"
+                    f"data_root = {str(coco)!r}\nclasses = {tuple('0123456789')!r}\n")
+    cfg = open_config(path)
+    assert cfg.model.bbox_head.num_classes == 3 and 'timm_lean' not in cfg.model.get('_scope_', '')
+    settle_data(cfg)
+    assert cfg.model.bbox_head.num_classes == 10
+    assert cfg.test_dataloader.dataset.data_root == f'{coco}/'
+    assert cfg.test_evaluator.ann_file == f'{coco}/annotations/test.json'
+    check_data(cfg, ('train', 'val', 'test'))
+    assert open_config('timm_lean::bccd/retinanet_resnet34_bccd.py').model == open_config(BCCD).model
+    with pytest.raises(LeanError, match=r'no config timm_lean::nope\.py.*bccd/retinanet_resnet34_bccd\.py'):
+        open_config('timm_lean::nope.py')
+
+
+def test_heads_in_lists_and_other_datasets():
+    cfg = open_config(CONFIGS / 'mask_rcnn' / 'mask-rcnn_resnet34_1x_coco.py')
+    cfg.model.roi_head.bbox_head = [cfg.model.roi_head.bbox_head] * 2  # as in a cascade
+    set_classes(cfg, ('cat', 'dog'))
+    assert [h.num_classes for h in cfg.model.roi_head.bbox_head] == [2, 2]
+    assert cfg.model.roi_head.mask_head.num_classes == 2 and 'num_classes' not in cfg.model.rpn_head
+    cfg.train_dataloader.dataset.metainfo = dict(classes=('cat', 'dog', 'cow'))
+    with pytest.raises(LeanError, match='num_classes=2, but the metainfo of the train dataset has 3 classes'):
+        check_data(cfg, ('train',))
+
+
 @pytest.mark.parametrize('value', ["[dict(type='SafetensorsHook')]", "[dict(type='SafetensorsHook',interval=2)]"])
 def test_a_dict_in_cfg_options_is_refused(capsys, value):
     with pytest.raises(SystemExit):
@@ -182,7 +294,7 @@ def test_bad_input_is_one_line(tmp_path, coco, capsys):
     assert 'has the categories 0, 1, 2' in text and 'RBC, WBC, Platelets' in text
     (coco / 'annotations' / 'train.json').write_text('{"images": []}')
     assert 'no list of categories' in message(BCCD, '--data-root', coco)
-    assert 'num_classes=7, but the data has 10 classes' in message(
+    assert 'num_classes=7, but the metainfo of the train dataset has 10 classes' in message(
         SHARED, '--data-root', tmp_path / 's', '--cfg-options', 'model.bbox_head.num_classes=7')
     assert "feature levels 0 to 4" in message(
         SHARED, '--data-root', tmp_path / 's', '--cfg-options', 'model.backbone.out_indices=(2,3,9)')

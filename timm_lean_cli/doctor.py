@@ -63,7 +63,7 @@ def diagnose() -> tuple[list[str], int]:
             bool(problems))
     if missing:
         problems.append(f'MMDetection is incomplete: {_listed(missing)} missing. {_EXTRA}')
-    problems += _opencv_problem()
+    problems += _opencv_problem() + _pkg_resources_problem(versions)
     if 'mmcv' not in missing:
         line, problem = _operators()
         lines.append(line)
@@ -72,6 +72,8 @@ def diagnose() -> tuple[list[str], int]:
         line, problem = _import_mmdet()
         lines.append(line)
         problems += problem
+        if importlib.util.find_spec('seaborn') is None:
+            lines.append("seaborn: not installed; only MMDetection's analyze_logs.py needs it (pip install seaborn)")
     return [*lines, *_tail(problems)], int(bool(problems))
 
 
@@ -127,6 +129,14 @@ def _opencv_problem() -> list[str]:
     return [f'opencv does not load: {result}']
 
 
+def _pkg_resources_problem(versions: dict[str, str]) -> list[str]:
+    if 'mmengine' not in versions or importlib.util.find_spec('pkg_resources') is not None:
+        return []
+    return [f'mmengine reads configs that inherit from a package (mmdet::...) by pkg_resources, which setuptools '
+            f'{versions.get("setuptools", "(not installed)")} does not have. timm_lean.mmdet does without it, '
+            "MMDetection's own tools do not: pip install 'setuptools<82'"]
+
+
 def _operators() -> tuple[str, list[str]]:
     """Where the operators of mmcv come from, and whether a compiled extension loads with this torch."""
     spec = importlib.util.find_spec('mmcv')
@@ -144,7 +154,8 @@ def _operators() -> tuple[str, list[str]]:
 
 def _stand_in() -> str:
     try:
-        from timm_lean.mmcv_ext import MISSING, STAND_IN, ops_status
+        from timm_lean.mmcv_ext import MISSING, STAND_IN, install, ops_status
+        install()
         status = ops_status()
     except Exception:  # the reason is reported where MMDetection is imported
         return 'the stand-in does not import'

@@ -23,9 +23,10 @@ compat.apply()
 
 from mmdet.registry import MODELS as MMDET_MODELS  # noqa: E402
 
-from . import channels  # noqa: E402
+from . import channels, configs  # noqa: E402
 
 channels.install(MMDET_MODELS)
+configs.install()
 
 from .backbone import TimmBackbone  # noqa: E402
 from .channels import resolve_channels  # noqa: E402

@@ -65,7 +65,6 @@ class TimmBackbone(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self.net, self.recipe, self.lean_report = build_features(
             model_name, pretrained, checkpoint, out_indices, model_args, share)
-        self.steps = list(self.recipe.steps)  # of the recipe it was built by, and those taken since
         self.out_indices: tuple[int, ...] = tuple(
             self.net.feature_info.out_indices)  # type: ignore[union-attr, arg-type]
         self.frozen_stages = self._check_frozen(frozen_stages)
@@ -73,6 +72,15 @@ class TimmBackbone(BaseModule):
         for module in self._frozen_modules():
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
+
+    @property
+    def lean_steps(self) -> list[dict[str, Any]]:
+        """The structural steps taken, as every model of this package tells them; they are the recipe's."""
+        return self.recipe.steps
+
+    @lean_steps.setter
+    def lean_steps(self, steps: list[dict[str, Any]]) -> None:
+        self.recipe.steps = list(steps)
 
     @property
     def out_channels(self) -> list[int]:
@@ -86,6 +94,26 @@ class TimmBackbone(BaseModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.net(x))
+
+    def adopt_names(self, state: dict[str, Any], prefix: str = '') -> None:
+        """Rename what a state dict holds of this backbone to the names it has here, in place.
+
+        The same network has other names where timm wraps it in another way (`net.layer1`, `net.model.layer1`) and in
+        MMDetection's own ResNets, whose names are timm's (`layer1`).
+
+        Args:
+            state: Tensors by name.
+            prefix: Of this backbone's names, with the dot.
+        """
+        own = {flat_name(self.net, name): f'{prefix}net.{name}' for name in self.net.state_dict()}
+        for key in [key for key in state if key.startswith(prefix)]:
+            flat = key[len(prefix):].removeprefix('net.').removeprefix('model.').replace('.', '_')
+            if flat in own:
+                state[own[flat]] = state.pop(key)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.adopt_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def init_weights(self) -> None:
         """Load what `init_cfg` names. Without it nothing happens: timm has initialized the network."""

@@ -13,12 +13,15 @@ import importlib.util
 import inspect
 import pkgutil
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["apply", "mend_checkpoint_loading", "mend_find_loader", "mend_ssd_predict"]
+__all__ = [
+    "apply", "mend_checkpoint_loading", "mend_config_inheritance", "mend_find_loader", "mend_ssd_predict", "mend_train",
+]
 
 STATISTICS = ("min", "max", "mean", "current")
 """Methods that a pickled `HistoryBuffer` refers to."""
@@ -102,6 +105,65 @@ def mend_ssd_predict() -> bool:
     return True
 
 
+def mend_train() -> bool:
+    """Let `train()` and `eval()` of MMDetection's models return the model, as torch's do.
+
+    Backbones and detectors that override `train` return nothing, so that `model.eval()` is None. Whoever goes on with
+    that, as Torch-Pruning does, fails far from the cause ("'NoneType' object has no attribute 'named_modules'").
+
+    Returns:
+        Whether the mend is in place.
+    """
+    from mmdet.registry import MODELS
+
+    def returning_self(train: Any) -> Any:
+        @functools.wraps(train)
+        def mended(self: Any, mode: bool = True) -> Any:
+            train(self, mode)
+            return self
+
+        mended.mended_by_timm_lean = True  # type: ignore[attr-defined]
+        return mended
+
+    registered = [kind for kind in MODELS.module_dict.values() if inspect.isclass(kind)]
+    owners: set[Any] = {base for kind in registered for base in kind.__mro__ if "train" in vars(base)}
+    for owner in owners - {torch.nn.Module}:
+        if not getattr(owner.train, "mended_by_timm_lean", False):
+            owner.train = returning_self(owner.train)
+    return True
+
+
+def mend_config_inheritance() -> bool:
+    """Let configs inherit from packages (`_base_ = 'mmdet::...'`) without `pkg_resources`.
+
+    mmengine asks it whether and where a package is installed. setuptools 82 removed it, and Python 3.12 brings no
+    setuptools at all. Only the two names in the two modules that look up configs are replaced.
+
+    Returns:
+        Whether the mend is in place.
+    """
+    if importlib.util.find_spec("pkg_resources") is not None:
+        return False
+    from mmengine.config import config, utils
+    from mmengine.hub import hub
+
+    modules = {package: module for module, package in utils.MODULE2PACKAGE.items()}
+
+    def is_installed(package: str) -> bool:
+        return importlib.util.find_spec(modules.get(package, package)) is not None
+
+    def get_installed_path(package: str) -> str:
+        spec = importlib.util.find_spec(modules.get(package, package))
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed")
+        return str(Path(spec.origin).parent)
+
+    config.is_installed = is_installed
+    for module in (config, hub):
+        module.get_installed_path = get_installed_path
+    return True
+
+
 def mend_find_loader() -> bool:
     """Give mmengine and mmcv the `pkgutil.find_loader` they look for `mmcv._ext` with.
 
@@ -132,7 +194,7 @@ def apply() -> list[str]:
     Returns:
         Names of the mends in place.
     """
-    mends = [mend_find_loader, mend_checkpoint_loading]
+    mends = [mend_find_loader, mend_config_inheritance, mend_checkpoint_loading]
     if importlib.util.find_spec("mmdet") is not None:
-        mends.append(mend_ssd_predict)
+        mends += [mend_ssd_predict, mend_train]
     return [mend.__name__ for mend in mends if mend()]

@@ -1,4 +1,5 @@
 """A detector as safetensors plus config: save, export, load. No pickle, and loading runs no code (see `trust.py`)."""
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import save_file
 
 from timm_lean.checkpoint.files import atomic_dir, atomic_file
-from timm_lean.checkpoint.recipe import Recipe
+from timm_lean.checkpoint.packing import pack
 from timm_lean.errors import CheckpointError, LeanError
 
 from .backbone import TimmBackbone
@@ -44,14 +45,13 @@ def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict
     return {
         'format': FORMAT_VERSION,
         'config': cfg.pretty_text,
-        'backbone': {**asdict(backbone.recipe), 'steps': backbone.steps}
-        if isinstance(backbone, TimmBackbone) else None,
+        'backbone': asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None,
         'metainfo': {k: metainfo[k] for k in ('classes', 'palette') if k in metainfo},
     }
 
 
 def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any]) -> None:
-    """Write a detector to one `.safetensors` file, atomically.
+    """Write a detector to one `.safetensors` file, atomically; of kernels that are pruned the live ones alone.
 
     Args:
         model: The detector.
@@ -59,7 +59,8 @@ def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any])
         header: What `describe` gave, and more if wanted.
     """
     tensors, aliases = _untied(get_state_dict(model))
-    text = json.dumps({**header, 'aliases': aliases})
+    tensors, packed = pack(tensors)
+    text = json.dumps({**header, 'aliases': aliases, **({'packed': packed} if packed else {})})
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={'format': 'pt', DETECTOR_KEY: text})
 
@@ -169,6 +170,8 @@ def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[st
     """
     checkpoint = _load(path)
     given = {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
+    if isinstance(getattr(model, 'backbone', None), TimmBackbone):
+        model.backbone.adopt_names(given, 'backbone.')  # type: ignore[union-attr, operator]
     own = get_state_dict(model)
     missing = [k for k in own if k.startswith(part) and k not in given and not k.endswith('num_batches_tracked')]
     unexpected = [k for k in given if k.startswith(part) and k not in own and k not in _tied_names(model)]
@@ -209,7 +212,7 @@ def _self_contained(cfg: Config, model: nn.Module) -> Config:
         return cfg
     backbone = getattr(model, 'backbone', None)
     if isinstance(backbone, TimmBackbone):
-        name, args = Recipe(**asdict(backbone.recipe)).create_args()
+        name, args = copy.deepcopy(backbone.recipe).create_args()
         old = cfg.model.backbone
         cfg.model.backbone = dict(
             type='timm_lean.TimmBackbone', model_name=name, model_args=args, out_indices=backbone.out_indices,

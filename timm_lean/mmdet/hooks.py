@@ -3,6 +3,7 @@
 Both are thin: the terms come from `timm_lean.regularizers`, as in classification, and the file from `detector.py`.
 """
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from .detector import describe, save_detector
 from .scope import HOOKS, register
 from .weights import detector_header
 
-__all__ = ['RegularizerHook', 'SafetensorsHook']
+__all__ = ['PRUNINGS', 'RegularizerHook', 'SafetensorsHook']
+
+PRUNINGS = 'timm_lean_prunings'
+"""Entry in MMEngine's message hub: how often this run has pruned its detector so far."""
 
 
 @register(HOOKS)
@@ -29,7 +33,8 @@ class RegularizerHook(Hook):
 
     Each appears in the log as `loss_<name>`, weighted and part of the total, and as `<name>`, unweighted. They are
     computed in fp32 inside the model's forward pass in mode `'loss'`: within DDP's forward, under the loss scale of
-    AMP, and summed by the detector's own `parse_losses`.
+    AMP, and summed by the detector's own `parse_losses`. Where the detector has a loss of that name itself (YOLOX has
+    `loss_l1`) the term becomes `<name>_reg`.
 
     Args:
         regularizers: What `timm_lean.create_regularizer` takes, `[dict(type='basis_ortho', weight=10), ...]`;
@@ -64,7 +69,7 @@ class RegularizerHook(Hook):
 
         def add_terms(module: nn.Module, args: tuple, kwargs: dict, losses: Any) -> Any:
             mode = kwargs.get('mode', args[2] if len(args) > 2 else 'tensor')
-            return {**losses, **loss_terms(self.regularizers, target)} if mode == 'loss' else None
+            return _with_terms(losses, loss_terms(self.regularizers, target)) if mode == 'loss' else None
 
         self._handle = model.register_forward_hook(add_terms, with_kwargs=True)
 
@@ -88,7 +93,8 @@ class SafetensorsHook(Hook):
     """Writes `last.safetensors` and `best.safetensors`, each atomically, with all that is needed to load them.
 
     The weights are those that are evaluated: the average, if there is an EMAHook. MMEngine's own CheckpointHook stays
-    what training is resumed from.
+    what training is resumed from. While a detector is being pruned, the best one is the best since the last pruning,
+    so that it is as small as the last.
 
     Args:
         metric: Metric of the best checkpoint; the first one if 'auto' (COCO: `coco/bbox_mAP`).
@@ -104,6 +110,7 @@ class SafetensorsHook(Hook):
             raise LeanError(f'SafetensorsHook: interval must be a whole number of at least 1, got {interval!r}.')
         self.metric, self.greater, self.interval, self.out_dir = metric, greater, interval, out_dir
         self.best: float | None = None
+        self._prunings = 0  # before the best one
         self._header: dict[str, Any] = {}
 
     def before_train(self, runner: Any) -> None:
@@ -113,7 +120,8 @@ class SafetensorsHook(Hook):
         self._header = describe(runner.cfg, unwrap(runner.model), metainfo)
         if runner._resume and self._path(runner, 'best').is_file():
             try:
-                self.best = detector_header(self._path(runner, 'best')).get('score')
+                header = detector_header(self._path(runner, 'best'))
+                self.best, self._prunings = header.get('score'), header.get('prunings', 0)
             except CheckpointError as e:
                 runner.logger.warning(f'{e} The best checkpoint starts anew.')
 
@@ -131,16 +139,23 @@ class SafetensorsHook(Hook):
         name = next(iter(metrics)) if self.metric == 'auto' else self.metric
         if name not in metrics:
             raise LeanError(f'SafetensorsHook: there is no metric {name!r}. The evaluation gave {", ".join(metrics)}.')
-        score = float(metrics[name])
+        score, prunings = float(metrics[name]), runner.message_hub.get_info(PRUNINGS, 0)
         # the first is the best so far, whatever its value: an early AP is often 0 and may be nan
-        if self.best is None or (score > self.best if self.greater else score < self.best):
-            self.best = score
-            self._save(runner, 'best', model, epoch=runner.epoch, metric=name, score=score)
+        if self.best is None or prunings != self._prunings or (
+                score > self.best if self.greater else score < self.best):
+            self.best, self._prunings = score, prunings
+            self._save(runner, 'best', model, epoch=runner.epoch, metric=name, score=score, prunings=prunings)
+
+    def after_train(self, runner: Any) -> None:
+        if self.best is not None and runner.message_hub.get_info(PRUNINGS, 0) != self._prunings:
+            runner.logger.warning(f'{self._path(runner, "best")} is from before the pruning ended: nothing was '
+                                  'evaluated after that. Let the schedule end earlier or evaluate at the end.')
 
     def _save(self, runner: Any, name: str, model: nn.Module, **extra: Any) -> None:
-        backbone = getattr(unwrap(runner.model), 'backbone', None)
-        if isinstance(backbone, TimmBackbone):  # it may have been pruned since
-            self._header['backbone']['steps'] = backbone.steps
+        detector = unwrap(runner.model)
+        backbone = getattr(detector, 'backbone', None)
+        if isinstance(backbone, TimmBackbone) and asdict(backbone.recipe) != self._header['backbone']:
+            self._header = describe(runner.cfg, detector, self._header['metainfo'])  # it has been pruned since
         save_detector(model, self._path(runner, name), {**self._header, **extra})
 
     def _path(self, runner: Any, name: str) -> Path:
@@ -165,6 +180,13 @@ def evaluated_model(runner: Any) -> nn.Module:
     """The detector whose weights an evaluation would use."""
     averaged = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
     return unwrap(averaged[0] if averaged else runner.model)
+
+
+def _with_terms(losses: Mapping[str, Any], terms: Mapping[str, Any]) -> dict[str, Any]:
+    """A detector's losses and the regularizers' terms; none of the former is replaced by one of the latter."""
+    taken = {name.removeprefix('loss_') for name in terms if name in losses}
+    renamed = {f'{name}_reg' if name.removeprefix('loss_') in taken else name: term for name, term in terms.items()}
+    return {**losses, **renamed}
 
 
 def _progress(runner: Any) -> float:

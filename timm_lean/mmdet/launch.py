@@ -1,4 +1,4 @@
-"""What `tools/train_det.py` and `tools/test_det.py` do: MMEngine's Runner behind the options MMDetection users know.
+"""What `tools/train_det.py` and `test_det.py` do: MMEngine's Runner behind the options MMDetection users know.
 
 Before a Runner is built the config and its data are looked at, so that a mistake is one line and not a traceback from
 a dataset. On a machine without a GPU, AMP is left out (MMEngine has none there) and processes talk through gloo.
@@ -10,28 +10,33 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import Runner
 
+from timm_lean.checkpoint.files import output_file
 from timm_lean.errors import LeanError
 
-from .data import check_data
-from .detector import load_strictly
+from .data import check_data, datasets
+from .detector import WEIGHTS_FILE, load_detector, load_strictly
 from .hooks import unwrap
-from .settings import open_config, set_data_root
+from .own_data import settle_data
+from .settings import open_config
 
 __all__ = ['main_message', 'prepare', 'test_main', 'train_main']
 
+_CONFIG_HELP = "config file, or 'mmdet::...' or 'timm_lean::...' for one that comes with the package"
 _NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config '
              'file, or set its keys one by one.')
 
 
-def train_main(argv: Sequence[str] | None = None) -> int:
+def train_main(argv: Sequence[str] | None = None, prog: str = 'train_det.py') -> int:
     """`tools/train_det.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='train_det.py', description='Train a detector.')
-    parser.add_argument('config', help="config file, or 'mmdet::...' for one of MMDetection's own")
+    parser = argparse.ArgumentParser(prog=prog, description='Train a detector.')
+    parser.add_argument('config', help=_CONFIG_HELP)
     _add_common(parser)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue from this checkpoint, or from the latest one in the work dir')
@@ -40,18 +45,23 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     return _run(parser, argv, _train)
 
 
-def test_main(argv: Sequence[str] | None = None) -> int:
+def test_main(argv: Sequence[str] | None = None, prog: str = 'test_det.py') -> int:
     """`tools/test_det.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='test_det.py', description='Evaluate a detector.')
-    parser.add_argument('config', help="config file, or 'mmdet::...' for one of MMDetection's own")
-    parser.add_argument('checkpoint', help='.safetensors or .pth file')
+    parser = argparse.ArgumentParser(prog=prog, description='Evaluate a detector.')
+    parser.add_argument('config', nargs='?', help=f'{_CONFIG_HELP}; the one in the checkpoint if left out')
+    parser.add_argument('checkpoint', help='.safetensors or .pth file, or the folder of an exported detector')
     _add_common(parser)
+    parser.add_argument('--out', metavar='FILE', help='write the predictions to a .pkl file')
+    parser.add_argument('--show', action='store_true', help='show pictures of the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures of the predictions there')
+    parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS', help='how long --show shows each')
+    parser.add_argument('--tta', action='store_true',
+                        help="test-time augmentation, by the config's tta_model and tta_pipeline or by flipping")
     return _run(parser, argv, _test)
 
 
 def _train(args: argparse.Namespace) -> None:
-    cfg = _open(args)
+    cfg = _settle(open_config(args.config), args, args.config)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -71,15 +81,46 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    cfg = _open(args)
+    out = output_file(args.out, '.pkl', '--out') if args.out else None
+    if not args.wait_time >= 0:
+        raise LeanError(f'--wait-time takes seconds of at least 0, got {args.wait_time}.')
+    checkpoint = Path(args.checkpoint)
+    if args.config is None:
+        stored: Any = load_detector(checkpoint)  # says what is wrong with it
+        cfg = _settle(stored.cfg, args, args.checkpoint)
+    else:
+        cfg = _settle(open_config(args.config), args, args.config)
     cfg.load_from, cfg.resume = None, False
     prepare(cfg, ('test',))
-    if args.show_dir:
+    if args.show or args.show_dir:
         cfg.default_hooks['visualization'] = dict(
-            type='DetVisualizationHook', draw=True, test_out_dir=str(Path(args.show_dir).absolute()))
+            type='DetVisualizationHook', draw=True, show=args.show, wait_time=args.wait_time,
+            test_out_dir=str(Path(args.show_dir).absolute()) if args.show_dir else None)
+    if args.tta:
+        _augment(cfg)
     runner = Runner.from_cfg(cfg)
-    load_strictly(unwrap(runner.model), args.checkpoint)
+    detector = unwrap(runner.model)
+    load_strictly(
+        detector.module if args.tta else detector,  # type: ignore[arg-type]
+        checkpoint / WEIGHTS_FILE if checkpoint.is_dir() else checkpoint)
+    if out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out)))
     runner.test()
+
+
+def _augment(cfg: Config) -> None:
+    """Test-time augmentation as in MMDetection's `tools/test.py`: the config's own, else by flipping, in place."""
+    cfg.setdefault('tta_model', dict(
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    for dataset in datasets(cfg.test_dataloader.dataset):
+        if 'tta_pipeline' not in cfg:
+            meta_keys = (
+                'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+            flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+            cfg.tta_pipeline = [*dataset.pipeline[:-1], dict(
+                type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs', meta_keys=meta_keys)]])]
+        dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
 def prepare(cfg: Config, splits: Sequence[str]) -> None:
@@ -108,6 +149,8 @@ def prepare(cfg: Config, splits: Sequence[str]) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--work-dir', metavar='DIR', help="folder of the run (default work_dirs/CONFIG's name)")
     parser.add_argument('--data-root', metavar='DIR', help="the dataset's folder, instead of the config's data_root")
+    parser.add_argument('--classes', nargs='*', metavar='NAME',
+                        help="the data's classes, instead of the config's; without names those in the annotations")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override settings of the config, e.g. train_dataloader.batch_size=4')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -116,12 +159,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
 
 
-def _open(args: argparse.Namespace) -> Config:
+def _settle(cfg: Config, args: argparse.Namespace, name: str) -> Config:
+    """A config with what the arguments say set in it; `name` is where it comes from."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = open_config(args.config)
     cfg.launcher = args.launcher
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
+    if 'model' not in cfg:
+        raise LeanError(f'{name} has no model.')
+    settle_data(cfg, args.data_root, args.classes)
     if args.cfg_options:
         try:
             cfg.merge_from_dict(args.cfg_options)
@@ -130,9 +174,7 @@ def _open(args: argparse.Namespace) -> Config:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
-        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if 'model' not in cfg:
-        raise LeanError(f'{args.config} has no model.')
+        cfg.work_dir = str(Path('work_dirs') / Path(name).stem)
     return cfg
 
 
@@ -140,7 +182,7 @@ def _run(
         parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None],
 ) -> int:
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
     except RecursionError:  # MMEngine's parser, at a dict with a comma
         parser.error(_NO_DICTS)
     if 'dict(' in str(args.cfg_options or ''):  # one without is a string to it

@@ -17,6 +17,7 @@ from timm_lean.errors import CheckpointError, LeanError
 from timm_lean.sharing import ShareReport
 from timm_lean.sharing import share as share_bases
 
+from .arguments import check_arguments
 from .weights import Weights, read_weights
 
 __all__ = [
@@ -200,6 +201,7 @@ def _check_share(share: Any, recipe: Recipe, trained: bool) -> None:
     if not isinstance(share, Mapping):
         raise LeanError('share must be a dict of the options of timm_lean.share, like dict(params=0.5), '
                         f'got {share!r}.')
+    check_arguments(share_bases, share, f'share={dict(share)!r} of TimmBackbone')
     if any(step['op'] == 'share' for step in recipe.steps):
         raise LeanError(f'share={dict(share)!r}: the checkpoint holds a network whose filters are shared already. '
                         'Take share out of the config (share=None).')
@@ -214,10 +216,7 @@ def _share(net: nn.Module, recipe: Recipe, options: Mapping[str, Any]) -> Any:
     full: Any = build(recipe)
     full.reset_classifier(0)
     copy_weights(net, full)
-    try:
-        return share_bases(full, **options)
-    except TypeError as e:
-        raise LeanError(f'share={dict(options)!r} has an option that timm_lean.share does not take: {e}.') from e
+    return share_bases(full, **options)
 
 
 def _check_indices(full: nn.Module, out_indices: Sequence[int] | None, architecture: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint.recipe import Recipe, build
+from timm_lean.checkpoint.recipe import Recipe, build, has_step
 from timm_lean.errors import LeanError
 from timm_lean.pruning import prune_channels
 
@@ -53,8 +53,8 @@ def prune_detector(
             f'{source}: the backbone is a {type(old.backbone).__name__}, only a TimmBackbone can be pruned.')
     if not getattr(old, 'with_neck', False):
         raise LeanError(f'{source}: the detector has no neck between backbone and heads; it cannot be pruned.')
-    recipe = Recipe(old.backbone.recipe.architecture, old.backbone.recipe.model_args, old.backbone.steps)
-    if any(step['op'] == 'resize' for step in recipe.steps) and not again:
+    recipe = old.backbone.recipe
+    if has_step(old.backbone, 'resize') and not again:
         raise LeanError(f'{source} has been pruned by channels before. If pruning it again is meant, say --again.')
     full = build(recipe).eval()
     copy_weights(old.backbone.net, full)

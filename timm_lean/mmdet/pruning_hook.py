@@ -6,9 +6,11 @@ from mmengine.hooks import EMAHook, Hook
 
 from timm_lean.errors import LeanError
 from timm_lean.pruning import KernelPruner
+from timm_lean.pruning.report import KernelReport, LayerReport
 
+from .arguments import check_arguments
 from .backbone import TimmBackbone
-from .hooks import submodule, unwrap
+from .hooks import PRUNINGS, submodule, unwrap
 from .scope import HOOKS, register
 
 __all__ = ['KernelPruningHook']
@@ -52,6 +54,7 @@ class KernelPruningHook(Hook):
     ):
         self.options = dict(
             criterion=criterion, amount=amount, threshold=threshold, contrib=contrib, begin=begin, end=end, **kwargs)
+        check_arguments(KernelPruner, self.options, 'KernelPruningHook')
         self.by_epoch, self.target = by_epoch, target
         self.pruner: KernelPruner | None = None
         self._resumed: dict[str, Any] | None = None
@@ -76,11 +79,8 @@ class KernelPruningHook(Hook):
         target = submodule(model, self.target, 'KernelPruningHook')
         backbone = self._backbone(model)
         if backbone is not None and self._resumed is None:
-            target.lean_steps = list(backbone.steps)  # type: ignore[assignment]
-        try:
-            self.pruner = KernelPruner(target, **self.options)
-        except TypeError as e:
-            raise LeanError(f'KernelPruningHook: {e}') from e
+            target.lean_steps = backbone.lean_steps  # type: ignore[assignment]
+        self.pruner = KernelPruner(target, **self.options)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 averaged = unwrap(hook.ema_model.module)
@@ -88,12 +88,14 @@ class KernelPruningHook(Hook):
         if self._resumed is not None:
             self.pruner.load_state_dict(self._resumed)
             self._record(model, target)
+        runner.message_hub.update_info(PRUNINGS, self.pruner.updates)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         assert self.pruner is not None
         per_epoch = len(runner.train_dataloader) if self.by_epoch else 1
         if self.pruner.set_progress(runner.iter / per_epoch):
-            runner.logger.info(f'KernelPruningHook: {100 * self.pruner.report.share:.1f} % of the kernels are zero')
+            self._tell(runner.logger, self.pruner.report)
+            runner.message_hub.update_info(PRUNINGS, self.pruner.updates)
             model = unwrap(runner.model)
             self._record(model, submodule(model, self.target, 'KernelPruningHook'))
 
@@ -107,7 +109,23 @@ class KernelPruningHook(Hook):
         inside = self.target == '' or self.target.split('.')[0] == 'backbone'
         return backbone if inside and isinstance(backbone, TimmBackbone) else None
 
+    def _tell(self, logger: Any, report: KernelReport) -> None:
+        """Log the share of zero kernels, of the target and of its parts; warn of a part that lost far more."""
+        parts: dict[str, list[LayerReport]] = {}
+        for layer in report.layers:
+            parts.setdefault(layer.name.partition('.')[0], []).append(layer)
+        shares = {name: sum(layer.pruned for layer in layers) / sum(layer.kernels for layer in layers)
+                  for name, layers in parts.items()}
+        logger.info(f'KernelPruningHook: {100 * report.share:.1f} % of the kernels are zero ('
+                    + ', '.join(f'{name} {100 * share:.1f} %' for name, share in shares.items()) + ')')
+        for name, share in shares.items():
+            if 1 - share < (1 - report.share) / 2:
+                logger.warning(
+                    f'KernelPruningHook: {name} has lost {100 * share:.1f} % of its kernels, the whole target only '
+                    f"{100 * report.share:.1f} %. scope='layer' takes the same share of every layer; target='backbone' "
+                    'leaves neck and heads alone.')
+
     def _record(self, model: nn.Module, target: nn.Module) -> None:
         backbone = self._backbone(model)
         if backbone is not None:
-            backbone.steps = list(target.lean_steps)  # type: ignore[arg-type]
+            backbone.lean_steps = target.lean_steps  # type: ignore[assignment]

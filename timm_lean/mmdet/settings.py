@@ -5,6 +5,7 @@ tuples, which JSON would lose, and runs no code of a file somebody else made.
 """
 import ast
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 from timm_lean.errors import CheckpointError, LeanError
+
+from .configs import PREFIX, config_file
 
 __all__ = ['open_config', 'parse_config', 'set_data_root']
 
@@ -51,7 +54,7 @@ def open_config(path: str | Path) -> Config:
     Raises:
         LeanError: There is no such file, or it cannot be read.
     """
-    name = str(path)
+    name = str(config_file(str(path)) if str(path).startswith(PREFIX) else path)
     if '::' not in name and not Path(name).is_file():
         raise LeanError(f'The config {name} does not exist.')
     try:
@@ -62,16 +65,25 @@ def open_config(path: str | Path) -> Config:
         raise LeanError(f'The config {name} cannot be read: {type(e).__name__}: {e}') from e
 
 
-def set_data_root(cfg: Config, root: str | Path) -> None:
-    """Move a config's dataset: wherever `data_root` stands or begins a path, put another folder, in place."""
-    old = cfg.get('data_root')
-    if not old:
+def set_data_root(cfg: Config, root: str | Path, old: Collection[str] = ()) -> None:
+    """Move a config's dataset: wherever `data_root` stands or begins a path, put another folder, in place.
+
+    Args:
+        cfg: The config.
+        root: The new folder.
+        old: The folders that it replaces; the config's `data_root` if empty.
+
+    Raises:
+        LeanError: There is none to replace.
+    """
+    replaced = tuple(old or filter(None, [cfg.get('data_root')]))
+    if not replaced:
         raise LeanError('The config has no data_root, so --data-root cannot replace it.')
     new = str(root).rstrip('/') + '/'
 
     def moved(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(old):
-            return new + value[len(old):]
+        if isinstance(value, str) and value.startswith(replaced):
+            return new + value[len(next(start for start in replaced if value.startswith(start))):].lstrip('/')
         if isinstance(value, dict):
             for key in value:
                 value[key] = moved(value[key])

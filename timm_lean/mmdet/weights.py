@@ -13,6 +13,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
 from timm_lean.checkpoint.format import read_header
+from timm_lean.checkpoint.packing import packed_shapes, unpack
 from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError
 
@@ -22,7 +23,7 @@ __all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors'
 
 DETECTOR_KEY = 'timm_lean_detector'
 FORMAT_VERSION = 1
-_BACKBONE = 'backbone.net.'
+_PREFIXES = ('backbone.net.', 'net.', 'backbone.')  # a detector, its backbone, a detector of MMDetection's own
 
 
 @dataclass
@@ -73,7 +74,7 @@ def read_weights(path: str, prefix: str | None = None) -> Weights:
         tensors = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
         if not tensors:
             raise CheckpointError(f'{path} has no tensors under {prefix!r}.')
-    for start in (_BACKBONE, _BACKBONE.partition('.')[2]):  # of a detector, or of its backbone
+    for start in _PREFIXES:
         if any(k.startswith(start) for k in tensors):
             tensors = {k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}
     return Weights(str(path), dict(tensors), recipe)
@@ -118,6 +119,9 @@ def detector_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION}. '
                               'Update timm-lean if the file is newer.')
     _check_entries(header, str(path))
+    palette = header['metainfo'].get('palette')
+    if isinstance(palette, list):  # JSON has no tuples, and MMDetection draws in colours that are tuples only
+        header['metainfo']['palette'] = [tuple(colour) for colour in palette]
     return header
 
 
@@ -153,18 +157,24 @@ def _is_metainfo(metainfo: dict[str, Any]) -> bool:
 
 
 def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a safetensors file, tied tensors under all their names."""
+    """Metadata and tensors of a safetensors file, packed ones as they were, tied ones under all their names."""
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist.')
     try:
         with safe_open(path, framework='pt') as f:
             metadata = f.metadata() or {}
-            state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}  # noqa: SIM118
+            header = detector_header(path) if tensors and DETECTOR_KEY in metadata else {}
+            packed = header.get('packed', {})
+            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
+            state = {
+                k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes
+            } if tensors else {}
+    except CheckpointError as e:
+        raise e if str(path) in str(e) else CheckpointError(f'{path} cannot be read: {e}') from e
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise CheckpointError(f'{path} is not a whole safetensors file: {e}') from e
-    if tensors and DETECTOR_KEY in metadata:
-        for alias, name in detector_header(path)['aliases'].items():
-            if name not in state:
-                raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
-            state[alias] = state[name]
+    for alias, name in header.get('aliases', {}).items():
+        if name not in state:
+            raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
+        state[alias] = state[name]
     return metadata, state

@@ -1,0 +1,73 @@
+"""What a detector costs: parameters, multiply-accumulates, file, latency.
+
+Multiply-accumulates are of the forward pass alone, as MMDetection's `get_flops.py` counts them; in a two-stage detector
+those of the second stage depend on how many boxes the first one proposes. Latency is of a whole prediction, boxes
+selected.
+"""
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmdet.structures import DetDataSample
+
+from timm_lean.measure.report import ModelReport, count_macs, count_params, measure_latency
+
+from .detector import WEIGHTS_FILE, load_detector
+
+__all__ = ['detector_report']
+
+_IMG_SIZE = 640  # of detectors whose config does not say
+_DIVISOR = 32  # the coarsest level of most detectors
+
+
+def detector_report(
+        source: str | Path, *, device: torch.device | str = 'cpu', latency: bool = False, img_size: int | None = None,
+        repeats: int = 20,
+) -> ModelReport:
+    """Measure a detector.
+
+    Args:
+        source: What `load_detector` takes.
+        device: Where to run it.
+        latency: Also time it, and measure its memory.
+        img_size: Side of the square image; if None the shorter side that the detector is tested with, rounded up to a
+            multiple of 32.
+        repeats: Timed predictions.
+
+    Raises:
+        CheckpointError: The source is no detector that can be loaded.
+    """
+    detector: Any = load_detector(source)
+    side = img_size or _test_size(detector.cfg)
+    weights = Path(source) / WEIGHTS_FILE if Path(source).is_dir() else Path(source)
+    shape = (1, 3, side, side)
+    report = ModelReport(
+        str(source), count_params(detector), count_macs(_OnImages(detector, 'tensor'), shape), weights.stat().st_size,
+        side)
+    if latency:
+        timing, = measure_latency([_OnImages(detector, 'predict')], [shape], torch.device(device), repeats)
+        report.latency_ms, report.latency_spread_ms, report.peak_memory = timing
+        report.device = str(device)
+    return report
+
+
+class _OnImages(nn.Module):
+    """A detector as a function of images `[B, 3, H, W]` alone."""
+
+    def __init__(self, detector: nn.Module, mode: str):
+        super().__init__()
+        self.detector, self.mode = detector, mode
+
+    def forward(self, x: torch.Tensor) -> Any:
+        size = tuple(x.shape[2:])
+        samples = [DetDataSample(metainfo=dict(
+            img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.)))
+            for _ in x]
+        return self.detector(x, samples, mode=self.mode)
+
+
+def _test_size(cfg: Any) -> int:
+    scales = [step['scale'] for step in cfg.get('test_pipeline') or () if step.get('scale')]
+    side = min(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else _IMG_SIZE
+    return -(-side // _DIVISOR) * _DIVISOR
