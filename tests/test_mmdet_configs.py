@@ -1,7 +1,12 @@
 """Every config of `mmdet_configs/` builds, trains an iteration and predicts, on small random images."""
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from mmdet_support import CONFIGS, batch, losses_of, open_config, predictions_of
+from mmdet_support import CONFIGS, ROOT, batch, losses_of, open_config, predictions_of
 
 from timm_lean.mmdet import TimmBackbone
 from timm_lean.mmdet.detector import build_detector
@@ -70,3 +75,22 @@ def test_dense_and_shared_scenes_have_the_same_shape():
     assert dense.backbone.out_channels == shared.backbone.out_channels
     assert sum(p.numel() for p in shared.backbone.parameters()) < 0.6 * sum(
         p.numel() for p in dense.backbone.parameters())
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_configs(tmp_path):
+    """Built from a copy, as the build leaves files beside the sources."""
+    for name in ('timm_lean', 'timm_lean_cli', 'mmdet_configs'):
+        shutil.copytree(ROOT / name, tmp_path / 'source' / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, tmp_path / 'source' / name)
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path / 'built')],
+                   cwd=tmp_path / 'source', check=True, capture_output=True)
+    folder = tmp_path / 'built' / 'timm_lean' / '.mim' / 'configs'
+    assert sorted(p.relative_to(folder) for p in folder.rglob('*.py')) == sorted(
+        p.relative_to(CONFIGS) for p in CONFIGS.rglob('*.py'))
+    code = ("from timm_lean.mmdet.settings import open_config\n"
+            "print(open_config('timm_lean::bccd/retinanet_resnet34_bccd.py').filename)")
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
+                            env={**os.environ, 'PYTHONPATH': str(tmp_path / 'built')})
+    assert result.stdout.strip() == str(folder / 'bccd' / 'retinanet_resnet34_bccd.py')

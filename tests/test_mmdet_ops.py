@@ -17,7 +17,7 @@ import torch
 
 from timm_lean import mmcv_ext as ops
 
-pytest.importorskip("mmcv")
+pytest.importorskip('mmcv')
 ops.install()
 
 import mmcv.ops
@@ -38,7 +38,7 @@ def run_python(code: str) -> str:
             sys.modules[name].__path__ = [path]
     """
     code = textwrap.dedent(packages) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -54,7 +54,7 @@ def test_install_imports_nothing_of_mmcv_and_is_idempotent() -> None:
         print([name for name in sys.modules if name.split('.')[0] in ('mmcv', 'mmdet', 'mmengine')])
         """
     )
-    assert printed == "[]"
+    assert printed == '[]'
 
 
 def test_installed_too_late_still_serves_the_next_import() -> None:
@@ -73,10 +73,10 @@ def test_installed_too_late_still_serves_the_next_import() -> None:
 
 
 def test_compiled_extension_wins(tmp_path) -> None:
-    package = tmp_path / "mmcv"
+    package = tmp_path / 'mmcv'
     package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '2.1.0'\n")
-    (package / "_ext.py").write_text("def nms(*args, **kwargs): return 'compiled'\n")
+    (package / '__init__.py').write_text("__version__ = '2.1.0'\n")
+    (package / '_ext.py').write_text("def nms(*args, **kwargs): return 'compiled'\n")
     printed = run_python(
         f"""
         import sys
@@ -89,13 +89,13 @@ def test_compiled_extension_wins(tmp_path) -> None:
         print(mmcv._ext.nms())
         """
     )
-    assert printed == "compiled"
+    assert printed == 'compiled'
 
 
 def test_compiled_extension_that_comes_later_wins_too(tmp_path) -> None:
-    (tmp_path / "mmcv").mkdir()
-    (tmp_path / "mmcv" / "__init__.py").touch()
-    (tmp_path / "mmcv" / "_ext.py").touch()
+    (tmp_path / 'mmcv').mkdir()
+    (tmp_path / 'mmcv' / '__init__.py').touch()
+    (tmp_path / 'mmcv' / '_ext.py').touch()
     run_python(
         f"""
         from timm_lean import mmcv_ext as ops
@@ -121,19 +121,19 @@ def test_without_mmcv_everything_is_missing_and_nothing_breaks() -> None:
 
 
 def test_module_looks_like_a_real_one() -> None:
-    spec = importlib.util.find_spec("mmcv._ext")
-    assert spec is not None and spec.loader is not None and spec.name == "mmcv._ext"
+    spec = importlib.util.find_spec('mmcv._ext')
+    assert spec is not None and spec.loader is not None and spec.name == 'mmcv._ext'
     assert _ext.__spec__ is spec and _ext.__loader__ is spec.loader and _ext.__file__ == spec.origin
-    assert sys.modules["mmcv._ext"] is _ext is mmcv._ext
-    assert not hasattr(_ext, "__path__")
+    assert sys.modules['mmcv._ext'] is _ext is mmcv._ext
+    assert not hasattr(_ext, '__path__')
     from mmcv.utils.ext_loader import check_ops_exist
     from mmengine.utils.dl_utils import mmcv_full_available
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # pkgutil.find_loader, from Python 3.12
+        warnings.simplefilter('ignore', DeprecationWarning)  # pkgutil.find_loader, from Python 3.12
         if sys.version_info < (3, 14):
             assert check_ops_exist() and mmcv_full_available()
-    with pytest.raises(AttributeError, match="__wrapped__"):
+    with pytest.raises(AttributeError, match='__wrapped__'):
         _ext.__wrapped__  # noqa: B018
     assert inspect.getmodule(_ext.nms) is not None
     assert pickle.loads(pickle.dumps(_ext.nms)) is _ext.nms
@@ -143,7 +143,7 @@ def test_status_names_what_mmcv_asks_for() -> None:
     status = ops.ops_status()
     provided = {name for names in ops.SUPPORTED.values() for name in names}
     assert {name for name, kind in status.items() if kind == ops.STAND_IN} >= provided
-    assert status["nms_rotated"] == status["correlation_forward"] == ops.MISSING
+    assert status['nms_rotated'] == status['correlation_forward'] == ops.MISSING
     # Every name asked for exists, or `import mmcv.ops` would have failed.
     assert all(hasattr(_ext, name) for name in status)
 
@@ -155,5 +155,5 @@ def test_unsupported_operator_says_which_and_what_to_do() -> None:
 
 
 def test_collect_env_reports_the_stand_in() -> None:
-    assert "stand-in" in mmcv.ops.get_compiler_version()
-    assert mmcv.ops.get_compiling_cuda_version() == "not available"
+    assert 'stand-in' in mmcv.ops.get_compiler_version()
+    assert mmcv.ops.get_compiling_cuda_version() == 'not available'

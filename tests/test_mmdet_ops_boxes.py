@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from timm_lean import mmcv_ext as ops
 
-pytest.importorskip("mmcv")
+pytest.importorskip('mmcv')
 ops.install()
 
 import mmcv.ops
@@ -72,10 +72,10 @@ def naive_soft_nms(boxes, scores, threshold, sigma, min_score, method, offset):
         for score, i in left:
             overlap = iou_of(boxes[best[1]], boxes[i], offset)
             overlap = 0.0 if math.isnan(overlap) else overlap
-            if method == "gaussian":
+            if method == 'gaussian':
                 score = score * math.exp(-(overlap**2) / sigma)
             elif overlap >= threshold:
-                score = 0.0 if method == "naive" else score * (1 - overlap)
+                score = 0.0 if method == 'naive' else score * (1 - overlap)
             if score >= min_score:
                 lowered.append((score, i))
         left = lowered
@@ -83,7 +83,7 @@ def naive_soft_nms(boxes, scores, threshold, sigma, min_score, method, offset):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(boxes_and_scores(), thresholds, offsets, st.sampled_from(["naive", "linear", "gaussian"]))
+@given(boxes_and_scores(), thresholds, offsets, st.sampled_from(['naive', 'linear', 'gaussian']))
 def test_soft_nms_is_the_definition(case, threshold, offset, method) -> None:
     boxes, scores = case
     expected = naive_soft_nms(boxes.tolist(), scores.tolist(), threshold, 0.5, 0.05, method, offset)
@@ -139,7 +139,7 @@ def test_nms_match_partitions_the_boxes(case, threshold) -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(boxes_and_scores(6), boxes_and_scores(6), offsets, st.sampled_from(["iou", "iof"]), st.booleans())
+@given(boxes_and_scores(6), boxes_and_scores(6), offsets, st.sampled_from(['iou', 'iof']), st.booleans())
 def test_bbox_overlaps_is_the_definition(case1, case2, offset, mode, aligned) -> None:
     first, second = case1[0], case2[0]
     if aligned:
@@ -147,9 +147,9 @@ def test_bbox_overlaps_is_the_definition(case1, case2, offset, mode, aligned) ->
         first, second = first[:count], second[:count]
     found = mmcv.ops.bbox_overlaps(first, second, mode=mode, aligned=aligned, offset=offset)
     pairs = list(zip(first, second, strict=True)) if aligned else [(a, b) for a in first for b in second]
-    expected = torch.tensor([iou_of(a.tolist(), b.tolist(), offset, mode == "iof") for a, b in pairs])
+    expected = torch.tensor([iou_of(a.tolist(), b.tolist(), offset, mode == 'iof') for a, b in pairs])
     torch.testing.assert_close(found, expected.to(found).view(found.shape), equal_nan=True)
-    if mode == "iou":
+    if mode == 'iou':
         assert ((found >= 0) & (found <= 1 + 1e-12) | found.isnan()).all()
 
 
@@ -157,9 +157,9 @@ def test_overlap_equal_to_the_threshold_and_boxes_without_area() -> None:
     boxes, scores = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]]), torch.tensor([0.9, 0.8])
     assert mmcv.ops.nms(boxes, scores, 0.5)[1].tolist() == [0, 1]
     assert len(mmcv.ops.nms_match(torch.cat((boxes, scores[:, None]), 1), 0.5)) == 1
-    dets, _ = mmcv.ops.soft_nms(boxes, scores, 0.5, method="linear")
+    dets, _ = mmcv.ops.soft_nms(boxes, scores, 0.5, method='linear')
     torch.testing.assert_close(dets[:, 4], torch.tensor([0.9, 0.4]))
-    for method in ("naive", "linear", "gaussian"):
+    for method in ('naive', 'linear', 'gaussian'):
         dets, _ = mmcv.ops.soft_nms(torch.ones(2, 4), scores, 0.5, method=method)
         torch.testing.assert_close(dets[:, 4], scores)
 
@@ -179,13 +179,13 @@ def test_nms_agrees_with_torchvision_on_many_boxes_and_ties() -> None:
         assert mmcv.ops.nms(boxes, scores, threshold)[1].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize('dtype', HALF)
 def test_boxes_in_half_precision(dtype) -> None:
     boxes = torch.tensor([[0, 0, 8, 8], [0, 0, 8, 7], [16, 16, 24, 24]], dtype=dtype)
     scores = torch.tensor([0.5, 0.75, 0.25], dtype=dtype)
     dets, indices = mmcv.ops.nms(boxes, scores, 0.5)
     assert indices.tolist() == [1, 2] and dets.dtype == dtype
-    dets, indices = mmcv.ops.soft_nms(boxes, scores, 0.5, min_score=0.1, method="naive")
+    dets, indices = mmcv.ops.soft_nms(boxes, scores, 0.5, min_score=0.1, method='naive')
     assert indices.tolist() == [1, 2] and dets.dtype == dtype
     overlaps = mmcv.ops.bbox_overlaps(boxes, boxes)
     assert overlaps.dtype == dtype and overlaps[0, 1] == torch.tensor(7 / 8, dtype=dtype)
@@ -196,9 +196,9 @@ def test_boxes_in_half_precision(dtype) -> None:
 def test_batched_nms_keeps_classes_apart_and_empty_input() -> None:
     boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 8], [0, 0, 8, 8]])
     scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
-    dets, keep = mmcv.ops.batched_nms(boxes, scores, classes, dict(type="nms", iou_threshold=0.5))
+    dets, keep = mmcv.ops.batched_nms(boxes, scores, classes, dict(type='nms', iou_threshold=0.5))
     assert keep.tolist() == [0, 1] and dets.shape == (2, 5)
-    dets, keep = mmcv.ops.batched_nms(boxes, scores, classes, dict(type="soft_nms", iou_threshold=0.5, min_score=0.05))
+    dets, keep = mmcv.ops.batched_nms(boxes, scores, classes, dict(type='soft_nms', iou_threshold=0.5, min_score=0.05))
     assert keep.tolist() == [0, 1]
     dets, keep = mmcv.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert dets.shape == (0, 5) and keep.shape == (0,)
@@ -206,7 +206,7 @@ def test_batched_nms_keeps_classes_apart_and_empty_input() -> None:
 
 def test_wrong_modes_are_refused() -> None:
     boxes = torch.rand(2, 4)
-    with pytest.raises(ValueError, match=r"method must be 0 .* got 3"):
+    with pytest.raises(ValueError, match=r'method must be 0 .* got 3'):
         _ext.softnms(boxes, boxes[:, 0], torch.empty(2, 5), 0.5, 0.5, 0.1, 3, 0)
-    with pytest.raises(ValueError, match=r"mode must be 0 .* got 2"):
+    with pytest.raises(ValueError, match=r'mode must be 0 .* got 2'):
         _ext.bbox_overlaps(boxes, boxes, torch.empty(2, 2), 2, False, 0)

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 
 from timm_lean import mmcv_ext as ops
 
-pytest.importorskip("mmcv")
+pytest.importorskip('mmcv')
 ops.install()
 
 import mmcv.ops
@@ -27,28 +27,28 @@ from test_mmdet_ops_regions import HALF, assert_half_close, bilinear, double
 # --- focal losses
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize('gamma', [0.0, 0.5, 2.0])
 def test_sigmoid_focal_loss(gamma: float) -> None:
     logits, target = double(6, 4), torch.tensor([0, 3, 1, 4, 2, -1])
-    found = sigmoid_focal_loss(logits, target, gamma, 0.3, None, "none")
+    found = sigmoid_focal_loss(logits, target, gamma, 0.3, None, 'none')
     # A target of -1 or 4 is background: all four classes are negative.
     one_hot = torch.stack([target == c for c in range(4)], dim=1).double()
     expected = torchvision.ops.sigmoid_focal_loss(logits, one_hot, alpha=0.3, gamma=gamma)
     torch.testing.assert_close(found, expected)
-    assert gradcheck(lambda x: sigmoid_focal_loss(x, target, gamma, 0.3, None, "mean"), logits)
+    assert gradcheck(lambda x: sigmoid_focal_loss(x, target, gamma, 0.3, None, 'mean'), logits)
     weight = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     rows = torch.tensor([1.0, 3.0, 2.0, 1.0, 0.5, 1.0], dtype=torch.float64)[:, None]
-    torch.testing.assert_close(sigmoid_focal_loss(logits, target, gamma, 0.3, weight, "none"), expected * rows)
-    assert gradcheck(lambda x: sigmoid_focal_loss(x, target, gamma, 0.3, weight, "sum"), logits)
+    torch.testing.assert_close(sigmoid_focal_loss(logits, target, gamma, 0.3, weight, 'none'), expected * rows)
+    assert gradcheck(lambda x: sigmoid_focal_loss(x, target, gamma, 0.3, weight, 'sum'), logits)
 
 
 def test_sigmoid_focal_loss_of_a_confident_mistake() -> None:
     logits = torch.tensor([[60.0], [-60.0]])
-    found = sigmoid_focal_loss(logits, torch.tensor([1, 0]), 2.0, 0.25, None, "none")
+    found = sigmoid_focal_loss(logits, torch.tensor([1, 0]), 2.0, 0.25, None, 'none')
     torch.testing.assert_close(found, torch.tensor([[0.75 * 60.0], [0.25 * 60.0]]))
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize('gamma', [0.5, 1.0, 2.0])
 def test_softmax_focal_loss(gamma: float) -> None:
     logits, target = double(5, 3), torch.tensor([0, 2, 1, -1, 1])
     weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
@@ -59,17 +59,17 @@ def test_softmax_focal_loss(gamma: float) -> None:
             if t >= 0:
                 factor = 0.3 if class_weight is None else 0.3 * weight[t]
                 expected[n] = -factor * (1 - p[n, t]) ** gamma * p[n, t].log()
-        found = softmax_focal_loss(logits, target, gamma, 0.3, class_weight, "none")
+        found = softmax_focal_loss(logits, target, gamma, 0.3, class_weight, 'none')
         torch.testing.assert_close(found, expected)
         # mmcv multiplies a gradient [N, C] by grad_output, which fits for reduced losses.
-        assert gradcheck(lambda x, w=class_weight: softmax_focal_loss(x, target, gamma, 0.3, w, "mean"), logits)
+        assert gradcheck(lambda x, w=class_weight: softmax_focal_loss(x, target, gamma, 0.3, w, 'mean'), logits)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize('dtype', HALF)
 def test_focal_losses_in_half_precision(dtype: torch.dtype) -> None:
     target = torch.tensor([0, 2, 1, 3, 1])
     logits = double(5, 3)
-    assert_half_close(lambda x: sigmoid_focal_loss(x, target, 2.0, 0.25, None, "none"), logits, dtype=dtype)
+    assert_half_close(lambda x: sigmoid_focal_loss(x, target, 2.0, 0.25, None, 'none'), logits, dtype=dtype)
     p = torch.randn(5, 3).softmax(1)
     losses = [torch.empty(5, dtype=kind) for kind in (dtype, torch.float32)]
     for loss in losses:
@@ -117,7 +117,7 @@ def test_deformable_attention_gradients() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize('dtype', HALF)
 def test_deformable_attention_in_half_precision(dtype: torch.dtype) -> None:
     value, shapes, starts, location, weight = attention_inputs()
     assert_half_close(
@@ -130,7 +130,7 @@ def test_deformable_attention_in_half_precision(dtype: torch.dtype) -> None:
 # --- masked convolution
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize('dtype', [torch.float32, *HALF])
 def test_masked_conv_is_the_convolution_where_the_mask_is(dtype: torch.dtype) -> None:
     conv = mmcv.ops.MaskedConv2d(3, 4, 3, padding=1).eval().to(dtype)
     x = torch.randn(1, 3, 6, 7).to(dtype)
@@ -182,7 +182,7 @@ def test_carafe_is_the_definition_and_has_its_gradients() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize('dtype', HALF)
 def test_carafe_in_half_precision(dtype: torch.dtype) -> None:
     features, masks = double(1, 4, 3, 3), double(1, 9, 6, 6)
     assert_half_close(lambda f, m: mmcv.ops.carafe(f, m, 3, 1, 2), features, masks, dtype=dtype)

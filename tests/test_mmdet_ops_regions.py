@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 
 from timm_lean import mmcv_ext as ops
 
-pytest.importorskip("mmcv")
+pytest.importorskip('mmcv')
 ops.install()
 
 import mmcv.ops
@@ -47,7 +47,7 @@ def assert_half_close(kernel: Callable[..., Tensor], *inputs: Tensor, dtype: tor
             assert half.grad is not None and full.grad is not None and half.grad.dtype == dtype
             scale = full.grad.abs().max().item()
             torch.testing.assert_close(
-                half.grad.float(), full.grad, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale
+                half.grad.float(), full.grad, rtol=tolerance['rtol'], atol=tolerance['atol'] * scale
             )
 
 
@@ -95,23 +95,23 @@ def naive_roi_align(
                         for a in range(steps_y)
                         for b in range(steps_x)
                     ]
-                    output[r, c, i, j] = max(values) if mode == "max" else sum(values) / len(values)
+                    output[r, c, i, j] = max(values) if mode == 'max' else sum(values) / len(values)
     return output
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('ratio', [0, 2])
+@pytest.mark.parametrize('mode', ['avg', 'max'])
 def test_roi_align_is_the_definition(mode: str, ratio: int, aligned: bool) -> None:
     features = torch.randn(2, 2, 9, 11, dtype=torch.float64)
     found = mmcv.ops.roi_align(features, ROIS, 3, 0.5, ratio, mode, aligned)
     torch.testing.assert_close(found, naive_roi_align(features, ROIS, 3, 0.5, ratio, mode, aligned))
-    if mode == "avg":
+    if mode == 'avg':
         torch.testing.assert_close(found, torchvision.ops.roi_align(features, ROIS, 3, 0.5, ratio, aligned))
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize('ratio', [0, 2])
+@pytest.mark.parametrize('mode', ['avg', 'max'])
 def test_roi_align_gradient(mode: str, ratio: int) -> None:
     features = double(2, 1, 5, 6)
     assert gradcheck(lambda x: mmcv.ops.roi_align(x, ROIS, (2, 3), 0.4, ratio, mode, True), features)
@@ -130,11 +130,11 @@ def test_roi_align_maximum_remembers_where() -> None:
     assert (argmax_y.item(), argmax_x.item()) == (0, 0)
     # A box of NaNs reads nothing, and no memory that is not its own.
     nan = mmcv.ops.roi_align(
-        features, torch.full((1, 5), torch.nan).index_fill_(1, torch.tensor([0]), 0), 2, 1.0, 2, "max"
+        features, torch.full((1, 5), torch.nan).index_fill_(1, torch.tensor([0]), 0), 2, 1.0, 2, 'max'
     )
     assert not nan.any()
     # A region of no extent has no samples: zero, and no gradient.
-    arguments["sampling_ratio"] = 0
+    arguments['sampling_ratio'] = 0
     _ext.roi_align_forward(features, torch.tensor([[0.0, 4, 4, 4, 4]]), output, argmax_y, argmax_x, **arguments)
     assert (output.item(), argmax_y.item(), argmax_x.item()) == (0, -1, -1)
     gradient = torch.zeros_like(features)
@@ -172,8 +172,8 @@ def test_roi_pool_gradient() -> None:
     assert gradcheck(lambda x: mmcv.ops.roi_pool(x, rois, (2, 3), 0.4), double(2, 1, 5, 6))
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize('dtype', HALF)
+@pytest.mark.parametrize('mode', ['avg', 'max'])
 def test_roi_align_in_half_precision(mode: str, dtype: torch.dtype) -> None:
     rois = torch.tensor([[0, 1, 2, 9, 12], [1, 0, 0, 15, 3]], dtype=dtype)
     # Sample positions that half precision holds exactly; argmax buffers are in the format of the features.
@@ -184,7 +184,7 @@ def test_roi_align_in_half_precision(mode: str, dtype: torch.dtype) -> None:
 def test_roi_align_of_half_features_and_float_regions_and_no_regions() -> None:
     features = torch.randn(2, 2, 9, 11).half()
     assert mmcv.ops.roi_align(features, ROIS.float(), 3, 0.5).dtype == torch.float16
-    for mode in ("avg", "max"):
+    for mode in ('avg', 'max'):
         assert mmcv.ops.roi_align(features, ROIS[:0].half(), 3, 0.5, 0, mode).shape == (0, 2, 3, 3)
     assert mmcv.ops.roi_pool(features, ROIS[:0].half(), 3, 0.5).shape == (0, 2, 3, 3)
 
@@ -225,7 +225,7 @@ def naive_deform_conv(
     return out
 
 
-@pytest.mark.parametrize(("stride", "dilation", "groups", "offset_groups"), [(1, 1, 1, 1), (2, 1, 2, 2), (1, 2, 1, 2)])
+@pytest.mark.parametrize(('stride', 'dilation', 'groups', 'offset_groups'), [(1, 1, 1, 1), (2, 1, 2, 2), (1, 2, 1, 2)])
 def test_deform_conv_is_the_definition(stride: int, dilation: int, groups: int, offset_groups: int) -> None:
     x, weight, bias = double(2, 4, 5, 6), double(2, 4 // groups, 3, 3), double(2)
     layer = mmcv.ops.DeformConv2d(4, 2, 3, stride, 1, dilation, groups, offset_groups).double()
@@ -282,7 +282,7 @@ def test_deform_conv_backward_inside_autocast_stays_exact() -> None:
         t.float().detach().requires_grad_() for t in (double(2, 4, 5, 5), double(2, 18, 5, 5), double(4, 4, 3, 3))
     ]
     expected = torch.autograd.grad(mmcv.ops.deform_conv2d(*inputs, 1, 1).square().sum(), inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast('cpu', dtype=torch.bfloat16):
         found = torch.autograd.grad(mmcv.ops.deform_conv2d(*inputs, 1, 1).square().sum(), inputs)
     torch.testing.assert_close(found, expected)
 
@@ -299,7 +299,7 @@ def test_deform_conv_scales_and_accumulates() -> None:
     torch.testing.assert_close(gradients[0], 2 * gradients[1] + 1)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize('dtype', HALF)
 def test_deform_conv_in_half_precision(dtype: torch.dtype) -> None:
     x, weight, bias = double(2, 4, 5, 5), double(4, 4, 3, 3), double(4)
     offset, mask = double(2, 18, 5, 5), double(2, 9, 5, 5)
@@ -312,7 +312,7 @@ def test_deform_conv_layers_under_autocast() -> None:
     for kind in (mmcv.ops.DeformConv2dPack, mmcv.ops.ModulatedDeformConv2dPack):
         layer = kind(4, 4, 3, padding=1)
         expected = layer(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
             out = layer(x)
             assert out.dtype == torch.bfloat16  # that of the predicted offsets
             out.sum().backward()

@@ -29,37 +29,37 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-__all__ = ["COMPILED", "MISSING", "STAND_IN", "SUPPORTED", "install", "installed", "ops_status", "unsupported"]
+__all__ = ['COMPILED', 'MISSING', 'STAND_IN', 'SUPPORTED', 'install', 'installed', 'ops_status', 'unsupported']
 
-EXTENSION = "mmcv._ext"
+EXTENSION = 'mmcv._ext'
 
-COMPILED = "compiled"
-STAND_IN = "torchvision/torch stand-in"
-MISSING = "missing"
+COMPILED = 'compiled'
+STAND_IN = 'torchvision/torch stand-in'
+MISSING = 'missing'
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "boxes": ("nms", "softnms", "nms_match", "bbox_overlaps"),
-    "roi": ("roi_align_forward", "roi_align_backward", "roi_pool_forward", "roi_pool_backward"),
-    "deform": (
-        "deform_conv_forward",
-        "deform_conv_backward_input",
-        "deform_conv_backward_parameters",
-        "modulated_deform_conv_forward",
-        "modulated_deform_conv_backward",
+    'boxes': ('nms', 'softnms', 'nms_match', 'bbox_overlaps'),
+    'roi': ('roi_align_forward', 'roi_align_backward', 'roi_pool_forward', 'roi_pool_backward'),
+    'deform': (
+        'deform_conv_forward',
+        'deform_conv_backward_input',
+        'deform_conv_backward_parameters',
+        'modulated_deform_conv_forward',
+        'modulated_deform_conv_backward',
     ),
-    "losses": (
-        "sigmoid_focal_loss_forward",
-        "sigmoid_focal_loss_backward",
-        "softmax_focal_loss_forward",
-        "softmax_focal_loss_backward",
+    'losses': (
+        'sigmoid_focal_loss_forward',
+        'sigmoid_focal_loss_backward',
+        'softmax_focal_loss_forward',
+        'softmax_focal_loss_backward',
     ),
-    "sampling": (
-        "ms_deform_attn_forward",
-        "ms_deform_attn_backward",
-        "masked_im2col_forward",
-        "masked_col2im_forward",
+    'sampling': (
+        'ms_deform_attn_forward',
+        'ms_deform_attn_backward',
+        'masked_im2col_forward',
+        'masked_col2im_forward',
     ),
-    "reassembly": ("carafe_forward", "carafe_backward", "carafe_naive_forward", "carafe_naive_backward"),
+    'reassembly': ('carafe_forward', 'carafe_backward', 'carafe_naive_forward', 'carafe_naive_backward'),
 }
 """Submodule of this package -> the `_ext` functions it provides."""
 
@@ -78,8 +78,8 @@ def unsupported(name: str) -> Callable[..., NoReturn]:
 
     def missing_op(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            f"mmcv operator {name!r} has no torchvision/torch stand-in in timm-lean. Install a compiled mmcv instead "
-            "of mmcv-lite: pip uninstall mmcv-lite, then build mmcv (or onedl-mmcv) for this version of torch."
+            f'mmcv operator {name!r} has no torchvision/torch stand-in in timm-lean. Install a compiled mmcv instead '
+            'of mmcv-lite: pip uninstall mmcv-lite, then build mmcv (or onedl-mmcv) for this version of torch.'
         )
 
     missing_op.__name__ = missing_op.__qualname__ = name
@@ -94,20 +94,20 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         for submodule, names in SUPPORTED.items():
-            kernels = importlib.import_module(f"{__name__}.{submodule}")
+            kernels = importlib.import_module(f'{__name__}.{submodule}')
             for name in names:
                 setattr(module, name, getattr(kernels, name))
 
         def getattr_of_module(name: str) -> Callable[..., NoReturn]:
             # Operators have no leading underscore; the import system and inspect probe for names that do.
-            if name.startswith("_"):
-                raise AttributeError(f"module {EXTENSION!r} has no attribute {name!r}")
+            if name.startswith('_'):
+                raise AttributeError(f'module {EXTENSION!r} has no attribute {name!r}')
             return unsupported(name)
 
         # The two versions are what mmcv.utils.collect_env prints.
         module.__dict__.update(
-            get_compiler_version=lambda: f"none ({STAND_IN} of timm-lean)",
-            get_compiling_cuda_version=lambda: "not available",
+            get_compiler_version=lambda: f'none ({STAND_IN} of timm-lean)',
+            get_compiling_cuda_version=lambda: 'not available',
             __getattr__=getattr_of_module,
         )
 
@@ -129,10 +129,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _mmcv_path() -> list[str] | None:
     """Folders of the installed `mmcv` package, found without importing it; None when there is none."""
-    loaded = sys.modules.get("mmcv")
+    loaded = sys.modules.get('mmcv')
     if loaded is not None:
-        return list(getattr(loaded, "__path__", []))
-    spec = importlib.util.find_spec("mmcv")
+        return list(getattr(loaded, '__path__', []))
+    spec = importlib.util.find_spec('mmcv')
     return list(spec.submodule_search_locations or []) if spec else None
 
 
@@ -175,9 +175,9 @@ def install() -> bool:
 def _requested_ops(path: Sequence[str]) -> list[str]:
     """Names that mmcv's own Python asks `_ext` for, read from its sources (`ext_loader.load_ext('_ext', [...])`)."""
     names: set[str] = set()
-    for file in (file for folder in path for file in Path(folder, "ops").glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load_ext":
+    for file in (file for folder in path for file in Path(folder, 'ops').glob('*.py')):
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == 'load_ext':
                 constants = (item.value for item in ast.walk(node.args[-1]) if isinstance(item, ast.Constant))
                 names.update(value for value in constants if isinstance(value, str))
     return sorted(names)
@@ -191,7 +191,7 @@ def ops_status() -> dict[str, str]:
         installed mmcv asks for. `COMPILED` says that a compiled extension was found, not that it loads with this
         torch. Without mmcv all are `MISSING`.
     """
-    provided = {"get_compiler_version", "get_compiling_cuda_version"}.union(*SUPPORTED.values())
+    provided = {'get_compiler_version', 'get_compiling_cuda_version'}.union(*SUPPORTED.values())
     path = _mmcv_path()
     if path is None:
         return dict.fromkeys(sorted(provided), MISSING)

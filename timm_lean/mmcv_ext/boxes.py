@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .precision import exact, widen
 
-__all__ = ["bbox_overlaps", "nms", "nms_match", "softnms"]
+__all__ = ['bbox_overlaps', 'nms', 'nms_match', 'softnms']
 
 NAIVE, LINEAR, GAUSSIAN = 0, 1, 2
 """Numbers that mmcv gives the decay methods of Soft-NMS."""
@@ -91,7 +91,7 @@ def softnms(
         ValueError: If `method` is none of the three.
     """
     if method not in (NAIVE, LINEAR, GAUSSIAN):
-        raise ValueError(f"softnms: method must be 0 (naive), 1 (linear) or 2 (gaussian), got {method}")
+        raise ValueError(f'softnms: method must be 0 (naive), 1 (linear) or 2 (gaussian), got {method}')
     boxes, scores = widen(boxes, scores)
     every_box = boxes
     areas = _areas(boxes, offset)
@@ -170,7 +170,7 @@ def bbox_overlaps(
         ValueError: If `mode` is neither 0 nor 1.
     """
     if mode not in (IOU, IOF):
-        raise ValueError(f"bbox_overlaps: mode must be 0 (iou) or 1 (iof), got {mode}")
+        raise ValueError(f'bbox_overlaps: mode must be 0 (iou) or 1 (iof), got {mode}')
     boxes1, boxes2 = widen(bboxes1, bboxes2)
     if not aligned:
         boxes1, boxes2 = boxes1[:, None], boxes2[None]

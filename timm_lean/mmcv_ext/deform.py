@@ -17,11 +17,11 @@ from torch import Tensor
 from .precision import exact, widen
 
 __all__ = [
-    "deform_conv_backward_input",
-    "deform_conv_backward_parameters",
-    "deform_conv_forward",
-    "modulated_deform_conv_backward",
-    "modulated_deform_conv_forward",
+    'deform_conv_backward_input',
+    'deform_conv_backward_parameters',
+    'deform_conv_forward',
+    'modulated_deform_conv_backward',
+    'modulated_deform_conv_forward',
 ]
 
 
@@ -132,7 +132,7 @@ def deform_conv_backward_input(
     _accumulate(gradInput, grad_input)
     _accumulate(gradOffset, grad_offset)
     # mmcv asks for the weight's gradient in a second call, with the same gradient and buffer; it is computed already.
-    columns.__dict__["weight_gradient"] = (gradOutput, grad_weight)
+    columns.__dict__['weight_gradient'] = (gradOutput, grad_weight)
 
 
 @exact
@@ -157,7 +157,7 @@ def deform_conv_backward_parameters(
     im2col_step: int,
 ) -> None:
     """Add the gradient of version 1 by weight, times `scale`, to its buffer. Arguments as in `deform_conv_forward`."""
-    of_gradient, grad_weight = columns.__dict__.pop("weight_gradient", (None, None))
+    of_gradient, grad_weight = columns.__dict__.pop('weight_gradient', (None, None))
     if of_gradient is not gradOutput:
         geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
         weight = torch.zeros_like(gradWeight)

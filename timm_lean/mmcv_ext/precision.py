@@ -16,10 +16,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["exact", "widen"]
+__all__ = ['exact', 'widen']
 
-P = ParamSpec("P")
-R = TypeVar("R")
+P = ParamSpec('P')
+R = TypeVar('R')
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:

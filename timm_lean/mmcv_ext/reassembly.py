@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .precision import exact, widen
 
-__all__ = ["carafe_backward", "carafe_forward", "carafe_naive_backward", "carafe_naive_forward"]
+__all__ = ['carafe_backward', 'carafe_forward', 'carafe_naive_backward', 'carafe_naive_forward']
 
 
 def _taps(kernel_size: int, height: int, width: int) -> Iterator[tuple[int, slice, slice]]:

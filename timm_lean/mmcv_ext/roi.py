@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .precision import exact, widen
 
-__all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_pool_forward"]
+__all__ = ['roi_align_backward', 'roi_align_forward', 'roi_pool_backward', 'roi_pool_forward']
 
 MAX, AVG = 0, 1
 """Numbers that mmcv gives RoIAlign's pooling modes."""
@@ -101,7 +101,7 @@ def roi_align_forward(
         ValueError: If `pool_mode` is neither 0 nor 1.
     """
     if pool_mode not in (MAX, AVG):
-        raise ValueError(f"roi_align: pool_mode must be 0 (max) or 1 (avg), got {pool_mode}")
+        raise ValueError(f'roi_align: pool_mode must be 0 (max) or 1 (avg), got {pool_mode}')
     features, rois = widen(input, rois)
     if pool_mode == AVG:
         output.copy_(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .precision import exact, widen
 
-__all__ = ["masked_col2im_forward", "masked_im2col_forward", "ms_deform_attn_backward", "ms_deform_attn_forward"]
+__all__ = ['masked_col2im_forward', 'masked_im2col_forward', 'ms_deform_attn_backward', 'ms_deform_attn_forward']
 
 
 def _levels(
@@ -46,7 +46,7 @@ def _levels(
 
 
 def _sample(image: Tensor, grid: Tensor) -> Tensor:
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(image, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
 
 
 @exact

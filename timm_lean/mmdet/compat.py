@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 __all__ = [
-    "apply", "mend_checkpoint_loading", "mend_config_inheritance", "mend_find_loader", "mend_ssd_predict", "mend_train",
+    'apply', 'mend_checkpoint_loading', 'mend_config_inheritance', 'mend_find_loader', 'mend_ssd_predict', 'mend_train',
 ]
 
-STATISTICS = ("min", "max", "mean", "current")
+STATISTICS = ('min', 'max', 'mean', 'current')
 """Methods that a pickled `HistoryBuffer` refers to."""
 
 
@@ -41,13 +41,13 @@ def _checkpoint_globals() -> list[Any]:
     """What mmengine's own checkpoints hold besides tensors and plain data: logged scalars, in numpy arrays."""
     from mmengine.logging import HistoryBuffer
 
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, (_statistic, "builtins.getattr")]
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, (_statistic, 'builtins.getattr')]
     # numpy renamed its package between 1 and 2; checkpoints of both are about.
-    core = "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
-    multiarray = importlib.import_module(f"{core}.multiarray")
-    for package in ("numpy.core", "numpy._core"):
-        for name in ("_reconstruct", "scalar"):
-            allowed.append((getattr(multiarray, name), f"{package}.multiarray.{name}"))
+    core = 'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else 'numpy.core'
+    multiarray = importlib.import_module(f'{core}.multiarray')
+    for package in ('numpy.core', 'numpy._core'):
+        for name in ('_reconstruct', 'scalar'):
+            allowed.append((getattr(multiarray, name), f'{package}.multiarray.{name}'))
     allowed += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type) and issubclass(kind, np.dtype)]
     return allowed
 
@@ -72,9 +72,9 @@ def mend_checkpoint_loading() -> bool:
 
     loader = checkpoint.CheckpointLoader
     original = loader.load_checkpoint.__func__
-    if getattr(original, "mended_by_timm_lean", False):
+    if getattr(original, 'mended_by_timm_lean', False):
         return True
-    if "weights_only" in inspect.getsource(checkpoint.load_from_local):
+    if 'weights_only' in inspect.getsource(checkpoint.load_from_local):
         return False
 
     @functools.wraps(original)
@@ -99,7 +99,7 @@ def mend_ssd_predict() -> bool:
     """
     from mmdet.models.dense_heads import SSDHead
 
-    if hasattr(SSDHead, "loss_cls"):
+    if hasattr(SSDHead, 'loss_cls'):
         return SSDHead.loss_cls is None
     SSDHead.loss_cls = None
     return True
@@ -126,9 +126,9 @@ def mend_train() -> bool:
         return mended
 
     registered = [kind for kind in MODELS.module_dict.values() if inspect.isclass(kind)]
-    owners: set[Any] = {base for kind in registered for base in kind.__mro__ if "train" in vars(base)}
+    owners: set[Any] = {base for kind in registered for base in kind.__mro__ if 'train' in vars(base)}
     for owner in owners - {torch.nn.Module}:
-        if not getattr(owner.train, "mended_by_timm_lean", False):
+        if not getattr(owner.train, 'mended_by_timm_lean', False):
             owner.train = returning_self(owner.train)
     return True
 
@@ -142,7 +142,7 @@ def mend_config_inheritance() -> bool:
     Returns:
         Whether the mend is in place.
     """
-    if importlib.util.find_spec("pkg_resources") is not None:
+    if importlib.util.find_spec('pkg_resources') is not None:
         return False
     from mmengine.config import config, utils
     from mmengine.hub import hub
@@ -155,7 +155,7 @@ def mend_config_inheritance() -> bool:
     def get_installed_path(package: str) -> str:
         spec = importlib.util.find_spec(modules.get(package, package))
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"{package} is not installed")
+            raise ModuleNotFoundError(f'{package} is not installed')
         return str(Path(spec.origin).parent)
 
     config.is_installed = is_installed
@@ -172,7 +172,7 @@ def mend_find_loader() -> bool:
     Returns:
         Whether the mend is in place.
     """
-    if hasattr(pkgutil, "find_loader"):
+    if hasattr(pkgutil, 'find_loader'):
         return False
     from mmcv.utils import ext_loader
     from mmengine.utils.dl_utils import misc
@@ -195,6 +195,6 @@ def apply() -> list[str]:
         Names of the mends in place.
     """
     mends = [mend_find_loader, mend_config_inheritance, mend_checkpoint_loading]
-    if importlib.util.find_spec("mmdet") is not None:
+    if importlib.util.find_spec('mmdet') is not None:
         mends += [mend_ssd_predict, mend_train]
     return [mend.__name__ for mend in mends if mend()]

@@ -78,7 +78,7 @@ class KernelPruningHook(Hook):
         model = unwrap(runner.model)
         target = submodule(model, self.target, 'KernelPruningHook')
         backbone = self._backbone(model)
-        if backbone is not None and self._resumed is None:
+        if backbone is not None:
             target.lean_steps = backbone.lean_steps  # type: ignore[assignment]
         self.pruner = KernelPruner(target, **self.options)
         for hook in runner.hooks:
