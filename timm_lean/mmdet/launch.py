@@ -86,13 +86,13 @@ def _test(args: argparse.Namespace) -> None:
         raise LeanError(f'--wait-time takes seconds of at least 0, got {args.wait_time}.')
     checkpoint = Path(args.checkpoint)
     if args.config is None:
-        stored: Any = load_detector(checkpoint)  # says what is wrong with it
-        cfg = _settle(stored.cfg, args, args.checkpoint)
+        cfg = _settle(_stored_config(checkpoint), args, args.checkpoint)
     else:
         cfg = _settle(open_config(args.config), args, args.config)
     cfg.load_from, cfg.resume = None, False
     prepare(cfg, ('test',))
     if args.show or args.show_dir:
+        cfg.setdefault('default_hooks', {})
         cfg.default_hooks['visualization'] = dict(
             type='DetVisualizationHook', draw=True, show=args.show, wait_time=args.wait_time,
             test_out_dir=str(Path(args.show_dir).absolute()) if args.show_dir else None)
@@ -106,6 +106,26 @@ def _test(args: argparse.Namespace) -> None:
     if out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out)))
     runner.test()
+
+
+def _stored_config(source: Path) -> Config:
+    """The config in a detector's file or folder, for an evaluation; where to write is not the file's to say.
+
+    Raises:
+        LeanError: It does not say which detector it holds, or cannot be loaded.
+    """
+    if source.suffix != '.safetensors' and not source.is_dir():
+        raise LeanError(f'{source} does not say which detector it holds. Give its config: CONFIG {source}.')
+    detector: Any = load_detector(source)  # says what is wrong with it
+    cfg: Config = detector.cfg
+    for key in ('work_dir', 'default_hooks', 'custom_hooks', 'vis_backends'):
+        cfg.pop(key, None)
+    cfg.visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+    evaluators = cfg.get('test_evaluator')
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        if isinstance(evaluator, dict):
+            evaluator.pop('outfile_prefix', None)
+    return cfg
 
 
 def _augment(cfg: Config) -> None:
