@@ -176,7 +176,7 @@ class _Inspector:
         return found
 
     def _key(self, key: Any, where: str) -> None:
-        if isinstance(key, int) and where:
+        if (isinstance(key, int) or key == '') and where:  # '': the network itself, among the modules a step resizes
             return
         if not isinstance(key, str) or not _KEY.fullmatch(key) or (key.startswith('_') and key != '_scope_'):
             self._refuse(f'{where or "the config"} has the key {_shown(key)}')
