@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import timm_lean_cli
 
@@ -19,9 +20,26 @@ def blocks(page):
     return BLOCK.findall(page.read_text())
 
 
+def write_detector():
+    """The trained detector and the image that mmdetection.md speaks of, small."""
+    pytest.importorskip('mmdet')
+    from mmdet_support import scenes_config
+
+    from timm_lean.mmdet.detector import build_detector, describe, save_detector
+    cfg = scenes_config(Path.cwd())
+    model = build_detector(cfg)
+    Path('work_dirs/run').mkdir(parents=True)
+    save_detector(model, 'work_dirs/run/best.safetensors', describe(cfg, model, {'classes': [*'0123456789']}))
+    Image.new('RGB', (64, 64), 'gray').save('image.jpg')
+
+
+PREPARATIONS = {'mmdetection.md': write_detector}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_python_examples_run_and_print_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    PREPARATIONS.get(page.name, lambda: None)()
     namespace, found = {}, blocks(page)
     for i, (language, text) in enumerate(found):
         if language != 'python':
@@ -34,6 +52,24 @@ def test_python_examples_run_and_print_what_is_shown(page, tmp_path, monkeypatch
             exec(compile(text, f'{page.name}, block {i}', 'exec'), namespace)
         if i + 1 < len(found) and found[i + 1][0] == '' and printed.getvalue():
             assert printed.getvalue().strip() == found[i + 1][1].strip()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_no_example_is_left_out_by_its_language(page):
+    assert {language for language, _ in blocks(page)} <= {'', 'bash', 'python', 'text', 'yaml'}
+
+
+def test_the_configs_shown_for_mmdetection_build():
+    pytest.importorskip('mmdet')
+    from mmdet.registry import HOOKS, MODELS
+    shown = {}
+    for language, text in blocks(ROOT / 'docs' / 'mmdetection.md'):
+        if language == 'python' and 'import' not in text:
+            exec(text, shown)
+    assert [f'timm_lean.{type(HOOKS.build(hook)).__name__}' for hook in shown['custom_hooks']] == [
+        hook['type'] for hook in shown['custom_hooks']]
+    backbone = {k: v for k, v in shown['model']['backbone'].items() if k != 'checkpoint'}
+    assert MODELS.build(backbone).out_channels == [64, 128, 256, 512]
 
 
 def commands():

@@ -8,13 +8,14 @@ import timm
 import torch
 from conftest import randomize_batchnorm
 from safetensors import safe_open
-from sklearn.datasets import load_digits
 
 import timm_lean_cli
 from timm_lean import LeanError, fold, load_model, save_model, share
 from timm_lean.export import auto, forms
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.measure.timing import Timing
 from timm_lean.pruning import KernelPruner, kernel_report, prune_kernels
+from timm_lean.training.data import digits_split
 
 
 def small(**kwargs):
@@ -25,7 +26,7 @@ def small(**kwargs):
 
 @pytest.fixture(scope='module')
 def digits():
-    images = torch.from_numpy(load_digits().images[:5] / 16).float()[:, None].expand(-1, 3, -1, -1)
+    images = torch.from_numpy(digits_split('eval')[0][:5] / 16).float()[:, None].expand(-1, 3, -1, -1)
     return torch.nn.functional.interpolate(images, size=32)
 
 
@@ -138,8 +139,8 @@ def test_fold_auto_folds_the_layers_that_are_faster(monkeypatch, tmp_path, digit
 
     def measured(models, shapes, device, repeats):
         calls.append(shapes[0])
-        dense_ms = 1. if models[0].in_channels == 16 else 3.
-        return [(2., 0., 0), (dense_ms, 0., 0)]
+        dense = 0.001 if models[0].in_channels == 16 else 0.003
+        return [Timing([0.002]), Timing([dense])]
 
     monkeypatch.setattr(auto, 'measure_latency', measured)
     folded, times = auto.fold_faster(model, (1, 3, 32, 32))

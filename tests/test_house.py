@@ -105,3 +105,14 @@ def test_all_steps_are_known_whatever_is_imported_first(first):
             'print(*list_steps())')
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert {'fold', 'prune_kernels', 'resize', 'share'} <= set(result.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_that_only_some_commands_need():
+    """torch and timm are seconds; what comes on top should not be felt."""
+    heavy = ['cv2', 'matplotlib', 'mmengine', 'mmdet', 'onnx', 'onnxruntime', 'pandas', 'scipy', 'sklearn']
+    code = ('import sys, timm\n'
+            'before = set(sys.modules)\n'
+            'import timm_lean, timm_lean.training, timm_lean.measure\n'
+            'print(*{name.split(".")[0] for name in set(sys.modules) - before})')
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not set(heavy) & set(result.stdout.split())

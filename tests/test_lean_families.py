@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import Bottleneck
 
 from timm_lean import fold, load_model, save_model
@@ -118,3 +119,61 @@ def test_shared_member_folds():
 def test_members_that_cannot_be(name, kwargs, words):
     with torch.device('meta'), pytest.raises(LeanError, match=words):
         timm.create_model(name, **kwargs)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('name, kwargs', [
+    *FAMILIES.items(), ('resnet20_cifar', {}), ('resnet32_cifar_s8u1', dict(layers=(2, 2, 2)))])
+def test_the_feature_getter_can_be_scripted(name, kwargs):
+    """As that of timm's densenet, efficientnet and mobilenetv2 can."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+    for out_indices in ((0, 1, 2), (1,)):
+        model = timm.create_model(
+            name, **kwargs, features_only=True, feature_cls='getter', out_indices=out_indices, scriptable=True).eval()
+        expected = model(x)
+        assert len(expected) == len(out_indices)
+        for scripted, feature in zip(torch.jit.script(model)(x), expected, strict=True):
+            torch.testing.assert_close(scripted, feature)
+
+
+# --- the authors' own variants (docs/shared_bases.md) -----------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['mobilenetv2_100_shared', 'mobilenetv2_cifar_sharedpp'])
+def test_mobilenetv2_blocks_may_have_relu_as_the_authors_have(name, tmp_path):
+    """Stem and head keep ReLU6; a block is x -> 1 x 1, BN, ReLU, 3 x 3 depthwise, BN, ReLU, 1 x 1, BN, + x."""
+    model = timm.create_model(name, block_act_layer='relu', num_classes=3).eval()
+    assert all(type(act) is torch.nn.ReLU6 for act in (model.bn1.act, model.bn2.act))
+    block, x = model.blocks[2][1], 20 * torch.randn(1, 32, 8, 8)
+    hidden = F.relu(F.batch_norm(block.conv_pw(x), *bn_arguments(block.bn1)))
+    hidden = F.relu(F.batch_norm(block.conv_dw(hidden), *bn_arguments(block.bn2)))
+    assert hidden.max() > 6
+    torch.testing.assert_close(block(x), block.bn3(block.conv_pwl(hidden)) + x)
+    save_model(model, tmp_path / 'a.safetensors')
+    image = 20 * torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load_model(tmp_path / 'a.safetensors')(image), model(image))
+    standard = timm.create_model(name, num_classes=3).eval()
+    standard.load_state_dict(model.state_dict())
+    assert not torch.allclose(standard(image), model(image))
+
+
+def bn_arguments(bn):
+    return bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0., bn.eps
+
+
+def test_densenet_transitions_may_lack_the_relu_as_the_authors_do():
+    model = timm.create_model('densenet121_cifar_s64u4', layers=(2, 2), growth=16, transition_act=False).eval()
+    transition, x = model.layer2[0], torch.randn(1, 64, 8, 8)
+    expected = F.avg_pool2d(F.conv2d(F.batch_norm(x, *bn_arguments(transition.norm)), transition.conv.weight), 2)
+    torch.testing.assert_close(transition(x), expected)
+    standard = timm.create_model('densenet121_cifar_s64u4', layers=(2, 2), growth=16).eval()
+    standard.load_state_dict(model.state_dict())
+    assert not torch.allclose(standard.layer2[0](x), expected)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('resnet34_s32u1_dual', {}), ('resnet32_cifar_s16u1_dual', {}), ('lean_shared_resnet', dict(dual=True))])
+def test_dual_bases_of_a_stage_start_jointly_orthonormal(name, kwargs):
+    block = timm.create_model(name, **kwargs).layer2[1]
+    rows = torch.cat([conv.basis.weight.flatten(1) for conv in (block.conv1, block.conv2)])
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)

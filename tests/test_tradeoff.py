@@ -10,7 +10,7 @@ from PIL import Image
 
 import timm_lean_cli
 from timm_lean import LeanError, save_model
-from timm_lean.measure.report import ModelReport
+from timm_lean.measure import ModelReport
 from timm_lean.measure.tradeoff import pareto_front, plot_tradeoff
 
 

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -171,14 +172,74 @@ def test_failed_save_keeps_the_last_one(tmp_path, monkeypatch):
 
 def test_two_gloo_processes_train_one_model(tmp_path, image_folder):
     run = tmp_path / 'run'
-    subprocess.run([
+    result = subprocess.run([
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_lean_cli',
         'train', '--model', 'resnet20_cifar', '--model-args', 'shared_rank=8', 'layers=[2,1,1]', '--data-dir',
         str(image_folder), '--img-size', '12', '--batch-size', '8', '--epochs', '2', '--workers', '0',
         '--device', 'cpu', '--reg', 'basis_ortho=10', '--output', str(run)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=True, capture_output=True, timeout=240)
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=True, capture_output=True, text=True, timeout=240)
     assert len(rows(run)) == 2
     load_model(run / 'best.safetensors')
+    assert result.stdout.count('best top-1') == 1, 'one process speaks for both'
+
+
+def test_both_of_two_processes_know_the_best_epoch(tmp_path, monkeypatch):
+    """The second process, with the first one's part played by stand-ins for the communication."""
+    from timm_lean.training import engine
+    monkeypatch.setattr(engine.dist, 'barrier', lambda: None)
+    monkeypatch.setattr(engine, 'distribute_bn', lambda *args, **kwargs: None)
+    monkeypatch.setattr(engine, 'evaluate', lambda *args: {'loss': 1., 'top1': 42., 'top5': 90.})
+    trainer = Trainer(small(tmp_path), CPU)
+    trainer.rank, trainer.world, trainer.log.primary = 1, 2, False
+    result = trainer.fit()
+    assert (result['best_top1'], result['best_epoch'], result['last']['eval_top1']) == (42, 1, 42)
+    assert not (tmp_path / 'run' / 'last.safetensors').exists(), 'the first process writes'
+
+
+def test_a_process_that_loses_another_says_so_in_one_line(tmp_path):
+    code = '''
+import os, sys
+from timm_lean.training import engine
+if os.environ['RANK'] == '1':
+    engine.evaluate = lambda *args: os._exit(3)
+from timm_lean_cli import main
+sys.exit(main(sys.argv[1:]))
+'''
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable, '-c', code, 'train', '--model', 'resnet20_cifar', '--model-args', 'layers=[1,1,1]', '--data',
+        'digits', '--img-size', '8', '--train-images', '32', '--batch-size', '8', '--epochs', '1', '--cache',
+        '--device', 'cpu', '--output', str(tmp_path / 'run')]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={
+            **os.environ, 'OMP_NUM_THREADS': '1', 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2',
+            'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}) for rank in range(2)]
+    (_, err), _ = [p.communicate(timeout=200) for p in processes]
+    assert [p.returncode for p in processes] == [2, 3], err
+    assert err.count('Another process of this run has ended') == 1 and 'Traceback' not in err
+
+
+def test_the_second_run_in_one_folder_is_refused(tmp_path):
+    running = Trainer(small(tmp_path), CPU)
+    settings = (tmp_path / 'run' / 'args.yaml').read_text()
+    for resume in (False, True):
+        with pytest.raises(LeanError, match='in use by another run'):
+            Trainer(small(tmp_path, epochs=9, resume=resume), CPU)
+    assert (tmp_path / 'run' / 'args.yaml').read_text() == settings
+    running.fit()
+    train(small(tmp_path, epochs=2, resume=True))
+    assert len(rows(tmp_path / 'run')) == 2
+
+
+def test_without_a_terminal_long_epochs_print_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('timm_lean.training.log._LINE_SECONDS', 0)
+    monkeypatch.setattr('timm_lean.training.engine._LOG_INTERVAL', 2)
+    train(small(tmp_path))
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'step' in line]
+    assert [line.split('  ')[0] for line in lines] == [f'epoch 1/1, step {n}/4' for n in (1, 3, 4)]
+    assert all({'loss', 'top1', 'lr', 'img/s'} <= {word.split()[0] for word in line.split('  ')} for line in lines)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):

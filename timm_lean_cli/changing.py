@@ -100,7 +100,7 @@ _USED_WITHOUT = ('seed',)  # of training, that the change itself uses too
 def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any]) -> _Figures:
     import torch.nn as nn
 
-    from timm_lean.measure.report import count_macs, count_params
+    from timm_lean.measure import count_macs, count_params
     from timm_lean.pruning.report import live_kernels
     from timm_lean.training.evaluate import evaluate_source
     figures = _Figures(
@@ -114,7 +114,7 @@ def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: 
 
 
 def _table(columns: dict[str, _Figures]) -> str:
-    from timm_lean.measure.report import human_bytes, human_count
+    from timm_lean.measure import human_bytes, human_count
     shown: dict[str, Callable[[_Figures], str]] = {
         'parameters': lambda f: f'{f.params:,}',
         'non-zero': lambda f: f'{f.nonzero:,}',

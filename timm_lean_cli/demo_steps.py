@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from timm_lean.checkpoint.files import writable_dir
 from timm_lean.checkpoint.format import load_model, save_hf_dir, save_model
 from timm_lean.errors import LeanError
+from timm_lean.measure import ModelReport, format_table, model_reports
 from timm_lean.measure.pictures import COLORS, REFERENCE, new_figure, save_figure, style_axes
-from timm_lean.measure.report import ModelReport, format_table, model_reports
 from timm_lean.sharing.fold import fold
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.config import load_yaml

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_lean.depth.family import default_baseline
     from timm_lean.depth.suggestion import suggest
     from timm_lean.errors import LeanError
-    from timm_lean.measure.report import count_params
+    from timm_lean.measure import count_params
     from timm_lean.training.depth_sweep import verify_bound
     from timm_lean.training.device import start_distributed
     device = device_of(args)
@@ -190,7 +190,7 @@ def _write_config(args: argparse.Namespace, row: Any, img_size: int) -> None:
 def _format(report: dict[str, Any], entropy: Any, rows: list[Any]) -> str:
     import torch
 
-    from timm_lean.measure.report import human_count
+    from timm_lean.measure import human_count
     low, high = entropy.interval or (entropy.nats, entropy.nats)
     sample = f', {100 * entropy.confidence:g} % interval {low:.4f} to {high:.4f} nats' if high > low else ''
     lines = [

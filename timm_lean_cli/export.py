@@ -40,7 +40,7 @@ def _export_classifier(args: argparse.Namespace) -> None:
     from timm_lean.export.auto import fold_as_asked
     from timm_lean.export.forms import half
     from timm_lean.export.table import Form, write_forms
-    from timm_lean.measure.report import count_params, human_bytes
+    from timm_lean.measure import count_params, human_bytes
     from timm_lean.training.data import open_eval_loader
     if not (args.hf_dir or args.output or args.onnx or args.torch_export):
         raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '

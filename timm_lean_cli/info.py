@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from timm_lean.errors import LeanError
+    from timm_lean.measure import format_table, model_reports
     from timm_lean.measure.pictures import check_picture
-    from timm_lean.measure.report import format_table, model_reports
     from timm_lean.measure.tradeoff import plot_tradeoff
     from timm_lean.training.evaluate import evaluate_source
     options = data_options(args)

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from fnmatch import fnmatch
 
     from timm_lean.errors import LeanError
-    from timm_lean.measure.report import human_count, model_reports
+    from timm_lean.measure import human_count, model_reports
     from timm_lean.models import model_names
     names = [n for n in model_names() if n != 'lean']
     part = args.filter or ''

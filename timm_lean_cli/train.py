@@ -54,10 +54,13 @@ def run(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
     from timm_lean.training import TrainConfig, train
     from timm_lean.training.config import load_yaml
+    from timm_lean.training.device import is_primary
     config = TrainConfig.from_args(_merged(load_yaml(args.config) if args.config else {}, _flags(args)))
     if is_detector(config.model):
         raise LeanError(f'{config.model} is a detector: train it by tools/train_det.py.')
     result = train(config)
+    if not is_primary():
+        return
     print(f'best top-1 {result["best_top1"]:.2f} % in epoch {result["best_epoch"]}; '
           f'{result["output"]}/best.safetensors, last.safetensors, summary.csv, curves.png')
 

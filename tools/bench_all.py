@@ -19,20 +19,19 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import torch_pruning as tp
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_criteria import by_linalg
 from bench_entropy import decode, generate, measure
 from bench_shared import naive_form
-from timing import hardware, interleave
 
 import timm_lean
 from timm_lean import LeanError
 from timm_lean.checkpoint.files import atomic_file
 from timm_lean.depth.images import open_source
-from timm_lean.measure.report import count_macs
+from timm_lean.measure import count_macs, inference, training_step
+from timm_lean.measure.timing import hardware, time_in_turn
 from timm_lean.pruning import SpectralImportance, all_scores, prune_channels
 from timm_lean.pruning.graph import build_graph, channel_groups, classifier_modules
 from timm_lean.regularizers import create_regularizer
@@ -52,31 +51,12 @@ class Ratio(NamedTuple):
 
 def ratios(forms: Forms, pairs: Sequence[tuple[str, str]], repeats: int, device: torch.device) -> list[Ratio]:
     """Time all forms in turn and compare the pairs `(form, anchor)`."""
-    seconds = {t.name: t.seconds for t in interleave(forms, repeats, device, warmup=2)}
+    timings = time_in_turn(forms, device, repeats, warmup=2)
     rows = []
     for what, anchor in pairs:
-        values = [a / b for a, b in zip(seconds[what], seconds[anchor], strict=True)]
-        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
+        low, median, high = statistics.quantiles(timings[what].ratios(timings[anchor]), n=4, method='inclusive')
         rows.append(Ratio(what, anchor, median, low, high))
     return rows
-
-
-def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """Forward, backward and update of a classifier."""
-    model = model.to(x.device).train()
-    target = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-
-    def step() -> None:
-        F.cross_entropy(model(x), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-
-def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
-    model = model.to(x.device).eval()
-    return torch.no_grad()(lambda: model(x))
 
 
 def with_backward(regularizer: Any, model: nn.Module) -> Callable[[], None]:
@@ -111,7 +91,7 @@ def conversion(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
 
 
 def regularizers(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
-    model = timm.create_model('resnet50')
+    model = timm.create_model('resnet50').to(x.device)
     step = 'training step of resnet50'
     forms: Forms = {step: training_step(model, x)}
     for name in ('conv_similarity', 'kernel_ortho'):
@@ -154,12 +134,15 @@ def entropy(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
         return ratios(forms, [(ours, anchor)], min(args.repeats, 7), torch.device('cpu'))
 
 
+PARTS = (shared_bases, conversion, regularizers, criteria, channel_pruning, entropy)
+
+
 def run(args: argparse.Namespace) -> Iterator[Ratio]:
     """The lines of the table, as they are measured."""
     device = resolve_device(args.device)
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    for part in (shared_bases, conversion, regularizers, criteria, channel_pruning, entropy):
+    for part in PARTS:
         yield from part(args, x)
 
 

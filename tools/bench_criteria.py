@@ -19,8 +19,9 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import Timing, hardware, interleave, print_timings
+from timing import print_timings
 
+from timm_lean.measure.timing import Timing, hardware, time_in_turn
 from timm_lean.pruning import CRITERIA, all_scores
 
 
@@ -72,14 +73,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         forms['eigvals'] = lambda: torch.linalg.eigvals(kernels)
         print(f'linalg and eigvals: the first {len(kernels):,} kernels, scaled up')
     total = sum(w.numel() for w in weights) // 9
-    timings = interleave(forms, args.repeats, device, warmup=1)
+    timings = time_in_turn(forms, device, args.repeats, warmup=1)
     factors = {'loop': total / len(sample), 'linalg': total / len(kernels), 'eigvals': total / len(kernels)}
-    scaled = [Timing(t.name, [s * factors.get(t.name, 1) for s in t.seconds]) for t in timings]
+    scaled = {name: Timing([s * factors.get(name, 1) for s in t.seconds]) for name, t in timings.items()}
     rows = print_timings('time for all kernels', scaled, ['closed'])
-    fast = scaled[0]
+    fast = scaled['closed']
     part = [w[:len(w) // 10 or 1] for w in weights]
     few = sum(w.numel() for w in part) // 9
-    tenth, = interleave({'tenth': lambda: [all_scores(w) for w in part]}, args.repeats, device, warmup=1)
+    tenth = time_in_turn({'': lambda: [all_scores(w) for w in part]}, device, args.repeats, warmup=1)['']
     print(f'\nclosed, per kernel: {1e9 * fast.median / total:.0f} ns of {total:,}, '
           f'{1e9 * tenth.median / few:.0f} ns of {few:,}')
     return rows

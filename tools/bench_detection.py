@@ -12,8 +12,6 @@ updates of its masks, as all but a few iterations of a training are.
 import argparse
 import copy
 import logging
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +24,8 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import peak_bytes, synchronize
-
+from timm_lean.measure import count_params, peak_memory
+from timm_lean.measure.timing import Timing, synchronize
 from timm_lean.mmdet import KernelPruningHook, RegularizerHook
 from timm_lean.mmdet.detector import build_detector
 from timm_lean.mmdet.settings import open_config
@@ -69,25 +66,23 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 variants_of[f'{" + ".join([name, *args.regularizers])} + pruning'] = hooks
         for label, chosen in variants_of.items():
             steps[label] = make_step(model, optimizer, batch, device, chosen)
-            params[label] = sum(p.numel() for p in model.parameters())
+            params[label] = count_params(model)
             if chosen:
                 pairs[label] = name
-    times: dict[str, list[float]] = {label: [] for label in steps}
+    timings = {label: Timing([]) for label in steps}
     for i in range(args.repeats + 1):
         # every other round backwards, so that no variant always follows the same one
         for label in list(steps) if i % 2 else list(steps)[::-1]:
             seconds = steps[label]()
             if i:
-                times[label].append(seconds)
+                timings[label].seconds.append(seconds)
     rows = []
-    for label, seconds in times.items():
-        q1, median, q3 = statistics.quantiles(seconds, n=4, method='inclusive')
-        hook_cost = None
-        if label in pairs:
-            hook_cost = statistics.median(a / b for a, b in zip(seconds, times[pairs[label]], strict=True)) - 1
+    for label, timing in timings.items():
+        low, high = timing.quartiles
         rows.append({
-            'what': label, 'params': params[label], 'ms': 1e3 * median, 'q1': 1e3 * q1, 'q3': 1e3 * q3,
-            'repeats': len(seconds), 'peak_mb': peak_bytes(steps[label], device) / 1e6, 'hook': hook_cost})
+            'what': label, 'params': params[label], 'ms': 1e3 * timing.median, 'q1': 1e3 * low, 'q3': 1e3 * high,
+            'repeats': len(timing.seconds), 'peak_mb': peak_memory(steps[label], device) / 1e6,
+            'hook': timing.ratio(timings[pairs[label]]) - 1 if label in pairs else None})
     return rows
 
 

@@ -10,21 +10,21 @@ Anchors, by PIL in the same data loader and batches: `decode`, what timm's and t
 """
 import argparse
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lean.depth.entropy import _BATCH, _as_is, _Measure, _stream
 from timm_lean.depth.images import ImageSource, open_source
 from timm_lean.errors import LeanError
+from timm_lean.measure.timing import time_in_turn
 
 
 class _Decode(Dataset):
@@ -97,20 +97,13 @@ def bench(source: ImageSource, args: argparse.Namespace) -> list[dict[str, Any]]
         'load': lambda: decode(source, images, args.workers, False),
         **{mode: (lambda mode=mode: measure(source, images, args.workers, mode)) for mode in args.modes},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for round_ in range(-1, args.repeats):
-        for name, function in forms.items():  # in turn: a change of the machine's load falls on all alike
-            start = time.perf_counter()
-            function()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
+    timings = time_in_turn(forms, torch.device('cpu'), args.repeats, warmup=1)
     rows = []
     print(f'{images} images, {args.workers} workers, {args.repeats} interleaved repeats')
     print(f'{"":14}{"images/s":>10}{"of decode":>12}{"of load":>12}')
     for name in forms:
-        ratios = {a: statistics.median(x / y for x, y in zip(seconds[a], seconds[name], strict=True))
-                  for a in ('decode', 'load')}
-        rate = images / statistics.median(seconds[name])
+        ratios = {a: timings[a].ratio(timings[name]) for a in ('decode', 'load')}
+        rate = images / timings[name].median
         print(f'{name:14}{rate:>10.0f}{ratios["decode"]:>11.3f}x{ratios["load"]:>11.3f}x')
         rows.append({'form': name, 'images_per_second': rate, **ratios})
     return rows

@@ -7,21 +7,17 @@ the median and the quartiles. The direct computation of all pairs comes after th
 """
 import argparse
 import math
-import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import Timing, interleave, peak_bytes
-
 from timm_lean.layers.filter_banks import find_filter_banks
+from timm_lean.measure import peak_memory, training_step
+from timm_lean.measure.timing import Timing, time_in_turn
 from timm_lean.regularizers import conv_similarity, create_regularizer
 
 REGULARIZERS = [('conv_similarity', {}), ('conv_similarity', {'pairs': 'adjacent'}), ('kernel_ortho', {}), ('srip', {}),
@@ -80,16 +76,7 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
     model = timm.create_model(name).to(device).train()
     weights = [bank.weight for bank in find_filter_banks(model)]
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    target = torch.randint(1000, (args.batch_size,), device=device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            loss = F.cross_entropy(model(images), target)
-        loss.backward()
-        optimizer.step()
-
-    works: dict[str, Callable[[], Any]] = {'training step': step}
+    works: dict[str, Callable[[], Any]] = {'training step': training_step(model, images, args.amp)}
     for reg_name, kwargs in REGULARIZERS:
         reg = create_regularizer(reg_name, **kwargs)
         label = ' '.join([reg_name, *kwargs.values()])
@@ -100,19 +87,18 @@ def _model_rows(name: str, args: argparse.Namespace, device: torch.device) -> li
     def clear() -> None:
         model.zero_grad(set_to_none=True)
 
-    times = _seconds(interleave(works, args.repeats, device, warmup=1, before=clear))
+    times = time_in_turn(works, device, args.repeats, warmup=1, before=clear)
     if args.slow_repeats:  # three orders of magnitude slower, so measured after the rounds and less often
         slow = {'(b) all pairs, direct': lambda: [all_pairs_by_conv(w) for w in weights]}
-        times.update(_seconds(interleave(slow, args.slow_repeats, device, warmup=0, before=clear)))
+        times.update(time_in_turn(slow, device, args.slow_repeats, warmup=0, before=clear))
     size = sum(w.numel() * w.element_size() for w in weights)
-    base = statistics.median(times['training step'])
     rows = []
-    for label, values in times.items():
-        row = {'part': 'step', 'model': name, 'what': label, **_summary(values)}
-        row['share'] = statistics.median(values) / base
+    for label, timing in times.items():
+        row = {'part': 'step', 'model': name, 'what': label, **_summary(timing)}
+        row['share'] = timing.median / times['training step'].median
         if label in labels:
             clear()
-            row['weights_x'] = peak_bytes(works[label], device) / size
+            row['weights_x'] = peak_memory(works[label], device) / size
         rows.append(row)
     return rows
 
@@ -125,20 +111,15 @@ def _width_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str
             ('(b) direct by width', all_pairs_by_conv, args.widths[:3], min(args.repeats, 3))):
         weights = {n: torch.randn(n, args.channels, 3, 3, device=device, requires_grad=True) for n in widths}
         works = {str(n): partial(function, w) for n, w in weights.items()}
-        for label, values in _seconds(interleave(works, repeats, device, warmup=1)).items():
+        for label, timing in time_in_turn(works, device, repeats, warmup=1).items():
             rows.append({'part': part, 'model': f'{args.channels} channels', 'what': f'{label} filters',
-                         **_summary(values), 'us_per_filter': statistics.median(values) * 1e6 / int(label)})
+                         **_summary(timing), 'us_per_filter': timing.median * 1e6 / int(label)})
     return rows
 
 
-def _seconds(timings: Sequence[Timing]) -> dict[str, list[float]]:
-    return {t.name: t.seconds for t in timings}
-
-
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    ms = [s * 1e3 for s in seconds]
-    q1, _, q3 = statistics.quantiles(ms, n=4, method='inclusive') if len(ms) > 1 else (ms[0],) * 3
-    return {'ms': statistics.median(ms), 'q1': q1, 'q3': q3, 'repeats': len(ms)}
+def _summary(timing: Timing) -> dict[str, float]:
+    low, high = timing.quartiles
+    return {'ms': 1e3 * timing.median, 'q1': 1e3 * low, 'q3': 1e3 * high, 'repeats': len(timing.seconds)}
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import hardware, interleave, print_timings
+from timing import print_timings
 
 import timm_lean
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.measure import inference, training_step
+from timm_lean.measure.timing import hardware, time_in_turn
 from timm_lean.training.device import resolve_device
 
 
@@ -62,38 +64,12 @@ def bench_shared(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f'{args.model} against {dense_name}, batch {args.batch_size}, {size} px, {args.amp or "fp32"}, '
           f'{hardware(device)}, {args.repeats} interleaved repeats')
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == 'bf16')
-
-    def train_step(model: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-
-        def step() -> None:
-            with autocast():
-                loss = model(x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
-    for model in models.values():
-        model.train()
-    rows = print_timings('training step', interleave(
-        {name: train_step(m) for name, m in models.items()}, args.repeats, device), ['naive', 'dense'])
-
-    for model in models.values():
-        model.eval()
-    forms = {**models, 'folded': timm_lean.fold(models['shared'])}
-
-    def inference(model: nn.Module) -> Callable[[], None]:
-        @torch.no_grad()
-        def run() -> None:
-            with autocast():
-                model(x)
-        return run
-
-    return rows + print_timings('inference', interleave(
-        {name: inference(m) for name, m in forms.items()}, args.repeats, device), ['dense', 'naive'])
+    amp = args.amp == 'bf16'
+    steps = {name: training_step(model, x, amp) for name, model in models.items()}
+    rows = print_timings('training step', time_in_turn(steps, device, args.repeats), ['naive', 'dense'])
+    models['folded'] = timm_lean.fold(models['shared'].eval())
+    passes = {name: inference(model, x, amp) for name, model in models.items()}
+    return rows + print_timings('inference', time_in_turn(passes, device, args.repeats), ['dense', 'naive'])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ from timm_lean import load_model, save_model, share
 from timm_lean.checkpoint.format import load_any
 from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.measure.report import count_macs, count_params
+from timm_lean.measure import count_macs, count_params
 from timm_lean.pruning import prune_channels
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from timm_lean.checkpoint.recipe import Recipe, build
 from timm_lean.errors import LeanError
-from timm_lean.measure.report import count_macs, count_params
+from timm_lean.measure import count_macs, count_params
 
 from .bound import resolutions
 
@@ -31,7 +31,7 @@ class Budget:
 
     Args:
         value: Parameters, or multiply-accumulates of one image.
-        kind: 'params' or 'macs' (as `timm_lean.measure.report` counts them).
+        kind: 'params' or 'macs' (as `timm_lean.measure` counts them).
     """
     value: int
     kind: str = 'params'
@@ -67,32 +67,33 @@ class Budget:
         return f'{self.value:,} {"parameters" if self.kind == "params" else "MACs"}'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How a family's depth is composed, and its arguments from layers and width.
 
     Attributes:
         model: Its timm name.
+        arguments: `(layers, first width, large images) -> arguments` of the timm name.
+        block: Convolutions of a block on the longest path.
+        first: Those of a block of the first stage; as in the others if None.
         outside: Convolutions before and behind the stages.
-        first: Convolutions of a block of the first stage on the longest path.
-        block: Those of the blocks of further stages.
         between: Convolutions between two stages.
         min_blocks: Blocks a stage must have.
         large_stem: `stem_stride` for large images.
-        arguments: `(layers, first width, large images) -> arguments` of the timm name.
     """
     model: str
-    outside: int
-    first: int
-    block: int
-    between: int
-    min_blocks: int
-    large_stem: int
     arguments: Callable[[tuple[int, ...], int, bool], dict[str, Any]]
+    block: int
+    first: int | None = None
+    outside: int = 1
+    between: int = 0
+    min_blocks: int = 1
+    large_stem: int = 4
 
     def depth(self, layers: Sequence[int]) -> int:
         """Convolutions on the longest path; what `conv_depth` counts."""
-        return (self.outside + self.first * layers[0] + self.block * sum(layers[1:]) + self.between * (len(layers) - 1))
+        first = self.block if self.first is None else self.first
+        return self.outside + first * layers[0] + self.block * sum(layers[1:]) + self.between * (len(layers) - 1)
 
     def layers(self, depth: int, img_size: int) -> tuple[int, ...]:
         """As many stages as the image has resolutions for, filled evenly with blocks, the later stages first.
@@ -148,12 +149,13 @@ def _densenet(layers: tuple[int, ...], width: int, large: bool) -> dict[str, Any
 
 
 FAMILIES = {
-    'resnet': Family('lean_resnet', 1, 2, 2, 0, 1, 4, _resnet),
-    'resnext': Family('lean_resnext', 1, 3, 3, 0, 1, 4, _resnext),
-    'densenet': Family('lean_densenet', 1, 2, 2, 1, 1, 4, _densenet),
-    'efficientnet': Family('lean_efficientnet', 2, 4, 5, 0, 1, 2, _resnet),
-    'mobilenetv2': Family('lean_mobilenetv2', 2, 2, 3, 0, 1, 2, _resnet),
-    'shared_resnet': Family('lean_shared_resnet', 1, 2, 2, 0, 2, 4, _shared_resnet),
+    'resnet': Family(model='lean_resnet', arguments=_resnet, block=2),
+    'resnext': Family(model='lean_resnext', arguments=_resnext, block=3),
+    'densenet': Family(model='lean_densenet', arguments=_densenet, block=2, between=1),
+    'efficientnet': Family(
+        model='lean_efficientnet', arguments=_resnet, block=5, first=4, outside=2, large_stem=2),
+    'mobilenetv2': Family(model='lean_mobilenetv2', arguments=_resnet, block=3, first=2, outside=2, large_stem=2),
+    'shared_resnet': Family(model='lean_shared_resnet', arguments=_shared_resnet, block=2, min_blocks=2),
 }
 
 

@@ -7,9 +7,8 @@ import torch.nn as nn
 from timm.models import get_model_input_config
 
 from timm_lean.errors import LeanError
+from timm_lean.measure import count_macs, count_params, measure_steps
 from timm_lean.measure.conv_depth import conv_depth
-from timm_lean.measure.report import count_macs, count_params
-from timm_lean.measure.steptime import measure_steps
 
 from .family import Budget, bounded_model, describe_member
 
@@ -80,8 +79,8 @@ def suggest(
         _row('suggested', name, {k: v for k, v in arguments.items() if k != 'num_classes'}, suggested, shape)]
     if batch_size:
         times = measure_steps([baseline, suggested], (batch_size, *shape), torch.device(device))
-        for row, ms in zip(rows, times, strict=True):
-            row.step_ms = ms
+        for row, timing in zip(rows, times, strict=True):
+            row.step_ms = 1000 * timing.median
     return rows
 
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
-from timm_lean.measure.report import measure_latency
+from timm_lean.measure import measure_latency
 from timm_lean.sharing.fold import fold
 
 __all__ = ['fold_as_asked', 'fold_faster']
@@ -79,11 +79,10 @@ def fold_faster(
         key = (str(layer), tuple(bank.groups for bank in layer.banks()), shapes[name])
         if key not in measured:
             forms: list[nn.Module] = [deepcopy(layer), deepcopy(layer).fuse()]
-            (shared, _, _), (dense, _, _) = measure_latency(
-                forms, [shapes[name]] * 2, torch.device(device), repeats)
-            measured[key] = shared, dense
+            shared, dense = measure_latency(forms, [shapes[name]] * 2, torch.device(device), repeats)
+            measured[key] = 1000 * shared.median, 1000 * dense.median
         times[name] = measured[key]
-    faster = [name for name, (shared, dense) in times.items() if dense < shared]
+    faster = [name for name, (shared_ms, dense_ms) in times.items() if dense_ms < shared_ms]
     return fold(model, include=faster) if faster else deepcopy(model), times
 
 

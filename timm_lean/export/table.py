@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from timm_lean.measure.report import human_bytes, measure_latency
+from timm_lean.measure import human_bytes, measure_latency
 
 from .forms import onnx_form, save_onnx, save_torch_export, torch_export_form
 
@@ -69,7 +69,7 @@ def time_forms(forms: Sequence[Form], shape: Sequence[int]) -> list[float]:
     for device in dict.fromkeys(form.device for form in forms):
         chosen = [i for i, form in enumerate(forms) if form.device == device]
         measured = measure_latency([forms[i].module for i in chosen], [shape] * len(chosen), device)
-        times.update({i: ms for i, (ms, _, _) in zip(chosen, measured, strict=True)})
+        times.update({i: 1000 * timing.median for i, timing in zip(chosen, measured, strict=True)})
     return [times[i] for i in range(len(forms))]
 
 

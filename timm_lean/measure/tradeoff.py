@@ -3,7 +3,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .pictures import COLORS, check_picture, new_figure, save_figure
-from .report import ModelReport, human_count
+from .report import ModelReport
+from .table import human_count
 
 __all__ = ['pareto_front', 'plot_tradeoff']
 

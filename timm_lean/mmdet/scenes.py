@@ -13,6 +13,7 @@ from PIL import Image
 
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.errors import LeanError
+from timm_lean.training.data import digits_split
 
 from .scope import DATASETS, register
 
@@ -59,7 +60,8 @@ def _check_existing(path: Path, size: int, count: int) -> None:
 
 def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    pixels, labels = _digits(split)
+    digits, labels = digits_split(split)
+    pixels = digits / 16
     folder = writable_dir(root / split)
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
@@ -75,13 +77,6 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> No
     categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES)]
     with atomic_file(root / 'annotations' / f'{split}.json') as temporary:
         temporary.write_text(json.dumps(dict(images=images, annotations=boxes, categories=categories)))
-
-
-def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-    digits = load_digits()
-    chosen = (np.arange(len(digits.target)) % 5 == 0) == (split != 'train')
-    return digits.images[chosen] / 16, digits.target[chosen]
 
 
 def _compose(

@@ -20,7 +20,6 @@ def share_filter_basis(
         shared_rank: int,
         unique_rank: int,
         dual: bool = False,
-        joint_init: bool = False,
         conv_names: Sequence[str] = ('conv1', 'conv2'),
 ) -> None:
     """Replace k x k convolutions by [unique | shared] filters and coefficients, in place.
@@ -31,8 +30,7 @@ def share_filter_basis(
         stages: The network's stages, each an `nn.Sequential` of blocks.
         shared_rank: Shared filters in the first stage; 0 leaves unique filters only.
         unique_rank: Unique filters of each convolution in the first stage; 0 leaves shared filters only.
-        dual: One basis for each name in `conv_names` instead of one for all.
-        joint_init: Initialize the bases of a stage jointly orthonormal.
+        dual: One basis for each name in `conv_names` instead of one for all, all of a stage jointly orthonormal.
         conv_names: The convolutions of a block that are replaced.
 
     Raises:
@@ -60,7 +58,7 @@ def share_filter_basis(
                     shared, conv.in_channels, conv.kernel_size[0], groups=conv.groups, stage=g, kind='basis',
                     device=conv.weight.device, dtype=conv.weight.dtype)
                 for _ in range(2 if dual else 1)]
-            if joint_init:
+            if dual:
                 init_orthonormal(*(b for b in bases if b is not None))
         for block in blocks:
             for i, name in enumerate(conv_names):

@@ -1,26 +1,26 @@
-"""The frame of the depth-bounded families: a stem, stages that halve the resolution, a head.
+"""The frame of this package's own networks: a stem, stages that halve the resolution, a head.
 
 A subclass builds the stages from timm's blocks; everything timm asks of a model besides is here.
 """
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import create_classifier
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
 from timm_lean.errors import LeanError
 
-from ._classifier import ClassifierNet
-
-__all__ = ['MAX_STAGES', 'StagedNet', 'check_layers']
+__all__ = ['MAX_STAGES', 'StagedNet', 'check_layers', 'small_image_cfg']
 
 MAX_STAGES = 5
 
 
-class StagedNet(ClassifierNet):
+class StagedNet(nn.Module):
     """Convolutional network of up to five stages; from the second stage on each halves the resolution.
 
     Args:
@@ -73,6 +73,7 @@ class StagedNet(ClassifierNet):
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         self.act1 = act_layer(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
+        self.num_stages = len(stages)
         self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=stride, module='act1')]
         for i, (stage, width) in enumerate(zip(stages, widths, strict=True)):
             self.add_module(f'layer{i + 1}', stage)
@@ -93,13 +94,13 @@ class StagedNet(ClassifierNet):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 fan_out = m.out_channels // m.groups * m.kernel_size[0] * m.kernel_size[1]
-                nn.init.normal_(m.weight, std=(2 / fan_out) ** 0.5)
+                nn.init.normal_(m.weight, std=math.sqrt(2) / math.sqrt(fan_out))
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
     def stages(self) -> list[nn.Sequential]:
-        """The stages there are."""
-        return [getattr(self, f'layer{i + 1}') for i in range(MAX_STAGES) if hasattr(self, f'layer{i + 1}')]
+        """The stages in order."""
+        return [getattr(self, f'layer{i + 1}') for i in range(self.num_stages)]
 
     def forward_intermediates(
             self,
@@ -124,20 +125,26 @@ class StagedNet(ClassifierNet):
             Final features and the list of intermediate ones, or the list alone.
         """
         assert output_fmt == 'NCHW', 'Output shape must be NCHW.'
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(self.num_stages + 1, indices)
         intermediates = []
         x = self.act1(self.bn1(self.conv1(x)))
         if 0 in take_indices:
             intermediates.append(x)
         x = self.maxpool(x)
-        stages = self.stages()
-        for i, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if i in take_indices:
-                intermediates.append(x)
+        last = max_index if stop_early else self.num_stages
+        i = 0
+        for name, stage in self.named_children():  # TorchScript unrolls this loop, not one over a list
+            if name.startswith('layer') and i < last:
+                i += 1
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint_seq(stage, x)
+                else:
+                    x = stage(x)
+                if i in take_indices:
+                    intermediates.append(x)
         if intermediates_only:
             return intermediates
-        if not stop_early or max_index == len(stages):
+        if last == self.num_stages:
             x = self.act2(self.bn2(self.conv_head(x)))
         return x, intermediates
 
@@ -148,9 +155,9 @@ class StagedNet(ClassifierNet):
             prune_head: bool = True,
     ) -> list[int]:
         """Remove what is not needed for the given intermediate outputs; returns their indices."""
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        prune_end = prune_norm or prune_head or max_index < len(self.stages())
-        for i in range(max_index, len(self.stages())):
+        take_indices, max_index = feature_take_indices(self.num_stages + 1, indices)
+        prune_end = prune_norm or prune_head or max_index < self.num_stages
+        for i in range(max_index, self.num_stages):
             setattr(self, f'layer{i + 1}', nn.Sequential())
         if max_index == 0:
             self.maxpool = nn.Identity()
@@ -160,27 +167,52 @@ class StagedNet(ClassifierNet):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _run_stages(self, x: torch.Tensor) -> torch.Tensor:
-        # written out because TorchScript, which resolves hasattr, has no loop over modules by name
-        x = self.layer1(x)  # type: ignore[operator]
-        if hasattr(self, 'layer2'):
-            x = self.layer2(x)  # type: ignore[operator]
-        if hasattr(self, 'layer3'):
-            x = self.layer3(x)  # type: ignore[operator]
-        if hasattr(self, 'layer4'):
-            x = self.layer4(x)  # type: ignore[operator]
-        if hasattr(self, 'layer5'):
-            x = self.layer5(x)  # type: ignore[operator]
-        return x
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to features before pooling."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages(), x, flatten=True)
         else:
-            x = self._run_stages(x)
+            for name, stage in self.named_children():  # as in forward_intermediates
+                if name.startswith('layer'):
+                    x = stage(x)
         return self.act2(self.bn2(self.conv_head(x)))
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
+        return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory by recomputing the blocks' activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier module."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; the pooling type is kept if `global_pool` is None."""
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to logits `[B, num_classes]`, or to what the classifier would see."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0.:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 def check_layers(layers: Sequence[int], **others: Sequence[int] | int) -> None:
@@ -202,3 +234,22 @@ def check_layers(layers: Sequence[int], **others: Sequence[int] | int) -> None:
             values = value
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
             raise LeanError(f'{name} must consist of whole numbers of at least 1, got {value!r}.')
+
+
+def small_image_cfg(paper: str, num_classes: int = 10, pool_size: int = 8, **kwargs: Any) -> dict[str, Any]:
+    """timm's default configuration of a network for 32 x 32 images, by default with ten classes.
+
+    Args:
+        paper: Its arXiv number.
+        num_classes: Number of classes.
+        pool_size: Side of the last feature maps in pixels.
+        **kwargs: Further or other entries.
+    """
+    return {
+        'url': '', 'num_classes': num_classes, 'input_size': (3, 32, 32), 'pool_size': (pool_size, pool_size),
+        'crop_pct': 1.0, 'interpolation': 'bicubic',
+        # per-channel statistics of the CIFAR-10 training images
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': f'arXiv:{paper}',
+        **kwargs,
+    }

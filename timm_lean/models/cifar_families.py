@@ -19,9 +19,9 @@ from timm_lean.layers import FilterBasis, SharedBasisConv2d
 from timm_lean.sharing.fold import fold
 
 from ._sharing import check_ranks
+from ._staged import small_image_cfg
 from .lean_families import LeanDenseNet, LeanResNet
 from .mobilenetv2 import SharedMobileNetV2
-from .resnet_cifar import _cfg as _cifar_cfg
 
 __all__ = ['CifarDenseNet', 'CifarMobileNetV2', 'CifarResNeXt']
 
@@ -171,7 +171,7 @@ class CifarMobileNetV2(SharedMobileNetV2):
 
 
 def _cfg(pool_size: int, **kwargs: Any) -> dict[str, Any]:
-    return _cifar_cfg(num_classes=100, pool_size=pool_size, **kwargs)
+    return small_image_cfg('2006.05066', num_classes=100, pool_size=pool_size, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

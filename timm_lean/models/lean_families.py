@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models.densenet import DenseLayer, DenseTransition
@@ -21,9 +23,25 @@ from timm_lean.errors import LeanError
 from timm_lean.sharing.fold import fold
 
 from ._sharing import share_filter_basis
-from ._staged import StagedNet, check_layers
+from ._staged import StagedNet, check_layers, small_image_cfg
 
 __all__ = ['LeanDenseNet', 'LeanMobileNet', 'LeanResNet']
+
+
+class ZeroPadShortcut(nn.Module):
+    """Parameter-free shortcut: subsample, and pad the missing channels with zeros.
+
+    Option A of https://arxiv.org/abs/1512.03385.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        before = (out_chs - in_chs) // 2
+        self.padding = (0, 0, 0, 0, before, out_chs - in_chs - before)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, ::self.stride, ::self.stride], self.padding)
 
 
 class LeanResNet(StagedNet):
@@ -35,7 +53,8 @@ class LeanResNet(StagedNet):
         stem_width: Channels of the stem; the first of `widths` if 0, at most 64.
         cardinality: Groups of the 3 x 3 convolutions of ResNeXt's bottleneck blocks, whose inner width is half their
             output; 0 for basic blocks of two 3 x 3 convolutions.
-        shared_rank: Shared filters in the first stage, doubled in each further one; see `SharedBasisConv2d`.
+        conv_shortcut: Shortcuts by 1 x 1 convolution and BN; if False they pad with zeros and have no parameters.
+        shared_rank: Shared filters in the first stage, doubled in each further one; None for the dense network.
         unique_rank: Unique filters of each convolution in the first stage, doubled likewise.
         dual: One basis for the first and one for the second convolution of the blocks.
         **kwargs: Arguments of `StagedNet`.
@@ -52,8 +71,9 @@ class LeanResNet(StagedNet):
             widths: Sequence[int],
             stem_width: int = 0,
             cardinality: int = 0,
-            shared_rank: int = 0,
-            unique_rank: int = 0,
+            conv_shortcut: bool = True,
+            shared_rank: int | None = None,
+            unique_rank: int | None = None,
             dual: bool = False,
             device: Any = None,
             dtype: torch.dtype | None = None,
@@ -74,8 +94,10 @@ class LeanResNet(StagedNet):
             blocks: list[nn.Module] = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                same = stride == 1 and chs == width
-                downsample = None if same else downsample_conv(chs, width, 1, stride=stride, **dd)
+                downsample: nn.Module | None = None
+                if stride != 1 or chs != width:
+                    downsample = downsample_conv(chs, width, 1, stride=stride, **dd) if conv_shortcut else \
+                        ZeroPadShortcut(chs, width, stride)
                 if cardinality:
                     block: nn.Module = _bottleneck(chs, width, stride, downsample, cardinality, dd)
                 else:
@@ -84,8 +106,8 @@ class LeanResNet(StagedNet):
                 chs = width
             stages.append(nn.Sequential(*blocks))
         super().__init__(stages, widths, stem_width, device=device, dtype=dtype, **kwargs)
-        if shared_rank or unique_rank:
-            share_filter_basis(self.stages(), shared_rank, unique_rank, dual=dual)
+        if shared_rank is not None or unique_rank is not None:
+            share_filter_basis(self.stages(), shared_rank or 0, unique_rank or 0, dual=dual)
 
 
 def _bottleneck(
@@ -112,6 +134,7 @@ class LeanDenseNet(StagedNet):
         layers: Dense layers (1 x 1 and 3 x 3 convolution) in each stage.
         growth: Channels each layer adds.
         bn_size: Channels of a layer's 1 x 1 convolution, in units of `growth`.
+        transition_act: Keep the ReLU between a transition's batch norm and its convolution.
         **kwargs: Arguments of `StagedNet`.
     """
 
@@ -120,6 +143,7 @@ class LeanDenseNet(StagedNet):
             layers: Sequence[int],
             growth: int,
             bn_size: int = 4,
+            transition_act: bool = True,
             device: Any = None,
             dtype: torch.dtype | None = None,
             **kwargs: Any,
@@ -131,7 +155,8 @@ class LeanDenseNet(StagedNet):
         for i, depth in enumerate(layers):
             blocks: list[nn.Module] = []
             if i > 0:
-                blocks.append(DenseTransition(chs, chs // 2, **dd))
+                norm_layer: Any = partial(BatchNormAct2d, apply_act=transition_act)
+                blocks.append(DenseTransition(chs, chs // 2, norm_layer=norm_layer, **dd))
                 chs //= 2
             for _ in range(depth):
                 blocks.append(_DenseStep(chs, growth, bn_size, **dd))
@@ -201,18 +226,7 @@ def _create(cls: type[StagedNet], variant: str, pretrained: bool, **kwargs: Any)
         cls, variant, pretrained, feature_cfg=dict(out_indices=tuple(range(stages + 1))), **kwargs)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '', 'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
-        'interpolation': 'bicubic',
-        # per-channel statistics of the CIFAR-10 training images
-        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2106.14190',
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({name + '.untrained': _cfg() for name in (
+default_cfgs = generate_default_cfgs({name + '.untrained': small_image_cfg('2106.14190') for name in (
     'lean_resnet', 'lean_resnext', 'lean_shared_resnet', 'lean_densenet', 'lean_efficientnet', 'lean_mobilenetv2',
 )})
 

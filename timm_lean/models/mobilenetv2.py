@@ -4,13 +4,14 @@ Paper: `Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural 
 - https://arxiv.org/abs/2006.05066, tables 1 and 3.
 
 The paper's MobileNetV2 differs from timm's: the stem and the last 1 x 1 convolution have biases, and the first block
-(expansion 1) keeps its 1 x 1 expansion with BN.
+(expansion 1) keeps its 1 x 1 expansion with BN. In the authors' code the blocks, but not stem and head, have ReLU:
+`block_act_layer='relu'`.
 """
 from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import EcaModule
+from timm.layers import EcaModule, get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
@@ -40,6 +41,8 @@ class SharedMobileNetV2(EfficientNet):
     Args:
         shared_convs: Names of the shared convolutions of a block: `conv_pw` (expansion), `conv_pwl` (projection).
         eca: Put efficient channel attention behind the shared blocks' projection.
+        block_act_layer: Activation within the blocks, by timm's name; `act_layer`, timm's argument for the whole
+            network, if None.
         **kwargs: timm's EfficientNet arguments.
     """
 
@@ -49,11 +52,16 @@ class SharedMobileNetV2(EfficientNet):
             self,
             shared_convs: tuple[str, ...] = ('conv_pw',),
             eca: bool = False,
+            block_act_layer: str | None = None,
             **kwargs: Any,
     ):
         model_args: dict[str, Any] = dict(
             block_args=decode_arch_def(_ARCH_DEF), num_features=1280, act_layer=nn.ReLU6)
-        super().__init__(**dict(model_args, **kwargs))
+        model_args.update(kwargs)
+        if block_act_layer is not None:
+            model_args['block_args'] = [[dict(block, act_layer=get_act_layer(block_act_layer)) for block in stage]
+                                        for stage in model_args['block_args']]
+        super().__init__(**model_args)
         self.conv_stem = _with_bias(self.conv_stem)
         self.conv_head = _with_bias(self.conv_head)
         stages: list[Any] = [self.blocks[i] for i in _SHARED_STAGES]

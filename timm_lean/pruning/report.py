@@ -8,8 +8,8 @@ import torch.nn as nn
 
 from timm_lean.layers.filter_banks import FilterBank
 from timm_lean.layers.lean_report import LeanReport
+from timm_lean.measure import count_params
 from timm_lean.measure.pictures import REFERENCE, layer_figure
-from timm_lean.measure.report import count_params
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import changed_params, hand_over
 from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
-from timm_lean.measure.report import count_params
+from timm_lean.measure import count_params
 
 from .groups import Group, find_groups
 from .ranks import rank_for_energy, ranks_for_budget

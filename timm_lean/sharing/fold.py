@@ -13,7 +13,7 @@ from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.layers.shared_basis import SharedBasisConv2d, bn_scale_shift, is_plain_batchnorm
-from timm_lean.measure.report import count_params
+from timm_lean.measure import count_params
 
 __all__ = ['FoldReport', 'fold']
 

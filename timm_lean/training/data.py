@@ -23,8 +23,8 @@ from timm_lean.errors import LeanError
 from .config import TrainConfig
 
 __all__ = [
-    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'model_data_config',
-    'open_dataset', 'open_eval_loader',
+    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'digits_split',
+    'model_data_config', 'open_dataset', 'open_eval_loader',
 ]
 
 CROP_PADDING = 4  # pixels, as in the CIFAR recipes
@@ -32,17 +32,27 @@ _TRAIN_DIRS = ('train',)
 _EVAL_DIRS = ('val', 'validation', 'test')
 
 
+def digits_split(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits (UCI): all but every fifth one for 'train', every fifth one for others.
+
+    Returns:
+        Pixels `[N, 8, 8]` from 0 to 16, and classes `[N]`.
+    """
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    chosen = (np.arange(len(digits.target)) % 5 == 0) == (split != 'train')
+    return digits.images[chosen], digits.target[chosen]
+
+
 class DigitsDataset(Dataset):
-    """scikit-learn's handwritten digits (UCI, 1,797 images of 8 x 8) as PIL images, every fifth one for evaluation."""
+    """A split of the handwritten digits as PIL images; see `digits_split`."""
 
     def __init__(self, split: str, img_size: int = 32, mode: str = 'RGB'):
-        from sklearn.datasets import load_digits
-        digits = load_digits()
-        chosen = (np.arange(len(digits.target)) % 5 == 0) == (split != 'train')
-        pixels = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        images, targets = digits_split(split)
+        pixels = (images * (255 / 16)).round().astype(np.uint8)
         size = (img_size, img_size)
         self.images = [Image.fromarray(p).resize(size, Image.Resampling.BILINEAR).convert(mode) for p in pixels]
-        self.targets = [int(t) for t in digits.target[chosen]]
+        self.targets = [int(t) for t in targets]
         self.class_to_idx = {str(i): i for i in range(10)}
         self.transform: Any = None
 

@@ -18,10 +18,10 @@ from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.checkpoint.format import load_model
 from timm_lean.depth.family import FAMILIES, bounded_model, check_family, describe_member
 from timm_lean.errors import LeanError, PackageMissingError
+from timm_lean.measure import count_params
 from timm_lean.measure.conv_depth import conv_depth, module_depths
 from timm_lean.measure.identity import identity_ratios, near_identity_share
 from timm_lean.measure.pictures import REFERENCE, new_figure, save_figure
-from timm_lean.measure.report import count_params
 from timm_lean.training import TrainConfig, train
 
 from .data import create_eval_loader, model_data_config, open_dataset

@@ -3,14 +3,16 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
 from timm_lean.errors import LeanError
 
-__all__ = ['autocast', 'check_compiler', 'resolve_device', 'start_distributed']
+__all__ = ['autocast', 'check_compiler', 'is_primary', 'lost_processes', 'resolve_device', 'start_distributed']
 
 
 def resolve_device(name: str = 'auto') -> torch.device:
@@ -49,6 +51,23 @@ def start_distributed(name: str) -> tuple[torch.device, int, int]:
         return device, 0, 1
     info = init_distributed_device_so(device=device.type)
     return torch.device(info['device']), info['global_rank'], info['world_size']
+
+
+def is_primary() -> bool:
+    """Whether this process is the one of several that speaks."""
+    return int(os.environ.get('RANK', '0')) == 0
+
+
+@contextlib.contextmanager
+def lost_processes(world: int) -> Iterator[None]:
+    """Turn the failures of communication that the end of another process causes into one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if world > 1 and (isinstance(e, dist.DistError) or 'gloo' in str(e) or 'NCCL' in str(e)):
+            raise LeanError('Another process of this run has ended, so this one stops too; what that one printed says '
+                            'why. The last completed save is kept: continue it by --resume.') from e
+        raise
 
 
 def autocast(device: torch.device, amp: str) -> Any:

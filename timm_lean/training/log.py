@@ -13,6 +13,7 @@ from timm_lean.measure.pictures import new_figure, save_figure
 __all__ = ['RunLog', 'plot_curves']
 
 _DRAW_SECONDS = 20  # drawing takes a while; not after every short epoch
+_LINE_SECONDS = 60  # between lines within an epoch where there is no terminal
 
 
 class RunLog:
@@ -36,11 +37,13 @@ class RunLog:
             except ImportError:
                 pass
 
-    def bar(self, total: int, epoch: int, epochs: int) -> tqdm:
-        """A progress bar for one epoch; on a terminal only."""
+    def bar(self, total: int, epoch: int, epochs: int) -> 'tqdm | _Lines':
+        """A progress bar for one epoch; a line now and then where there is no terminal."""
+        title = f'epoch {epoch + 1}/{epochs}'
+        if self.primary and not sys.stderr.isatty():
+            return _Lines(total, title)
         return tqdm(
-            total=total, desc=f'epoch {epoch + 1}/{epochs}', unit='it', leave=False, dynamic_ncols=True,
-            disable=not (self.primary and sys.stderr.isatty()))
+            total=total, desc=title, unit='it', leave=False, dynamic_ncols=True, disable=not self.primary)
 
     def add(self, row: dict[str, float], epochs: int) -> None:
         """Record an epoch and print its line."""
@@ -74,6 +77,29 @@ class RunLog:
         self.draw()
         if self._writer is not None:
             self._writer.close()
+
+
+class _Lines:
+    """What training needs of a progress bar, as lines for a log file."""
+
+    def __init__(self, total: int, title: str):
+        self.total, self.title = total, title
+        self.done, self.shown = 0, time.monotonic()
+
+    def __enter__(self) -> '_Lines':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_postfix(self, values: dict[str, str], refresh: bool = False) -> None:
+        if time.monotonic() - self.shown >= _LINE_SECONDS:
+            print(f'{self.title}, step {self.done + 1}/{self.total}  '
+                  + '  '.join(f'{name} {value}' for name, value in values.items()), flush=True)
+            self.shown = time.monotonic()
+
+    def update(self) -> None:
+        self.done += 1
 
 
 def plot_curves(rows: list[dict[str, float]], path: Path) -> None:
