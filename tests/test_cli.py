@@ -1,4 +1,5 @@
 """The command line as a user meets it: output, exit codes, and one clear line for bad input."""
+import errno
 import json
 import os
 import subprocess
@@ -9,9 +10,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import timm_lean_cli
-from timm_lean import load_model, save_model
+from timm_lean import LeanError, load_model, save_model
+from timm_lean.errors import OutputError
+from timm_lean.measure.report import ModelReport
 
 
 def run(capsys, *args):
@@ -123,6 +127,7 @@ def broken_image_folder(tmp_path):
     return tmp_path / 'data'
 
 
+SHARE = ['share', 'resnet20_cifar', '--random-weights', '--params', '0.5', '-o', 'o.safetensors']
 SMALL = ['--model', 'resnet20_cifar', '--epochs', '1', '--batch-size', '4', '--device', 'cpu']
 
 
@@ -143,10 +148,28 @@ SMALL = ['--model', 'resnet20_cifar', '--epochs', '1', '--batch-size', '4', '--d
     (['train', *SMALL, '--device', 'warp'], ["Unknown device 'warp'"]),
     (['train', *SMALL, '--output', '/proc/nowhere/run'], ['/proc/nowhere/run', 'Cannot write']),
     (['train', *SMALL, '--opt', 'sgdx'], ['sgdx']),
+    (['train', *SMALL, '--opt', 'fusedadam'], ['fusedadam']),
+    (['train', *SMALL, '--model-args', 'drop_rate=5'], ['drop', '5']),
     (['train', *SMALL, '--batch-size', '0'], ['batch_size', '0']),
     (['train', *SMALL, '--batch-size', '100000'], ['do not fill one batch of 100000']),
     (['train', *SMALL, '--config', 'no_such_recipe'], ["'no_such_recipe'", 'cifar10_shared']),
     (['train', *SMALL, '--num-classes', '3'], ['num_classes=3', '10 classes']),
+    (['train', *SMALL, '--model-args', 'num_classes=3'], ['num_classes', '--num-classes']),
+    (['train', *SMALL, '--workers', '-1'], ['workers', '-1']),
+    (['train', *SMALL, '--auto-augment', 'nope', '--aug', 'rrc'], ['nope', 'rand-m9']),
+    (['train', *SMALL, '--device', 'meta'], ["'meta'", 'auto or cpu']),
+    (['train', *SMALL, '--device', 'hpu'], ["'hpu'", 'auto or cpu']),
+    (['train', '--model', 'x' * 5000], ['model', 'characters']),
+    (['validate', 'x' * 300 + '.safetensors'], ['too long']),
+    ([*SHARE, '--lr', '0.1'], ['--lr']),
+    ([*SHARE, '--data', 'digits', '--finetune-epochs', '1', '--finetune-lr', 'nan'], ['lr', 'nan']),
+    (['predict', 'resnet20_cifar', '--random-weights', 'a.png', '--top', '0'], ['--top', '0']),
+    (['predict', 'resnet20_cifar', '--random-weights', 'a.png', '-o', 'x.jpg'], ['-o', 'detectors']),
+    (['analyze', 'resnet20_cifar', '--random-weights', '--criteria', '--threshold', 'nan'], ['nan']),
+    (['analyze', 'resnet20_cifar', '--random-weights', '--similarity', '-o', 'x.pt'], ['x.pt']),
+    (['analyze', 'resnet20_cifar', '--random-weights', '--similarity', '--batches', '0'], ['--batches', '0']),
+    (['models', '--nonsense'], ['--nonsense']),
+    (['demo', '--epochs', 'x'], ['--epochs']),
     (['train'], ['No model given']),
     (['train', '--nonsense'], ['--nonsense']),
     (['info', 'resnet20_cifar', '--img-size', '0'], ['img_size', '0']),
@@ -165,6 +188,80 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     for word in words:
         assert word in err
     assert not list(tmp_path.iterdir()), 'bad input left something behind'
+
+
+USES_WEIGHTS = [
+    ['validate', 'M', '--workers', '0', '--img-size', '8', '--device', 'cpu'],
+    ['predict', 'M', 'IMAGE', '--device', 'cpu'],
+    ['prune', 'M', '--amount', '0.5', '-o', 'o.safetensors'], ['share', 'M', '--params', '0.7', '-o', 'o.safetensors'],
+    ['export', 'M', '-o', 'o.safetensors', '--device', 'cpu'], ['analyze', 'M', '--criteria'],
+    ['analyze', 'M', '--similarity', '--batches', '1', '--img-size', '8', '--device', 'cpu'],
+    ['info', 'M', '--data', 'digits', '--workers', '0', '--img-size', '8', '--device', 'cpu'],
+]
+
+
+@pytest.mark.parametrize('arguments', USES_WEIGHTS, ids=lambda a: ' '.join(a[:3]))
+def test_weights_are_never_a_surprise(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (32, 32)).save(tmp_path / 'i.png')
+    arguments = [{'M': 'resnet20_cifar', 'IMAGE': 'i.png'}.get(a, a) for a in arguments]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and err.count('\n') == 1
+    assert all(word in err for word in ('resnet20_cifar', '--pretrained', '--random-weights', 'file'))
+    code, _, err = run(capsys, *arguments, '--pretrained')
+    assert code == 2 and "no trained weights for 'resnet20_cifar'" in err
+    assert [p.name for p in tmp_path.iterdir()] == ['i.png']
+    code, out, err = run(capsys, *arguments, '--random-weights', '--json')
+    assert code == 0, err
+    assert json.loads(out)
+
+
+def test_a_file_needs_no_word_on_weights_and_two_are_one_too_many(capsys, checkpoint):
+    assert run(capsys, 'validate', checkpoint, '--pretrained', '--random-weights')[0] == 2
+    assert run(capsys, 'validate', checkpoint, '--img-size', '8', '--workers', '0', '--device', 'cpu')[0] == 0
+
+
+@pytest.mark.parametrize('arguments', [
+    ['share', 'D', '--params', '0.5', '-o', 'o.safetensors'], ['validate', 'D'], ['analyze', 'D', '--criteria'],
+    ['train', '--model', 'D'], ['prune', 'D', '--amount', '0.5', '-o', 'o.safetensors'],
+    ['export', 'D', '-o', 'o.safetensors'], ['info', 'D', '--vs', 'resnet20_cifar']], ids=lambda a: a[0])
+def test_a_detector_is_named_as_one(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    save_file({'x': torch.zeros(1)}, 'd.safetensors', metadata={'timm_lean_detector': '{}'})
+    code, _, err = run(capsys, *['d.safetensors' if a == 'D' else a for a in arguments])
+    assert code == 2 and err.count('\n') == 1
+    assert 'd.safetensors is a detector' in err and ('predict' in err or '--' in err or 'tools/' in err)
+    assert [p.name for p in tmp_path.iterdir()] == ['d.safetensors']
+
+
+def test_nothing_to_fold_is_a_note(capsys, tmp_path):
+    code, out, _ = run(capsys, 'export', 'resnet20_cifar', '--random-weights', '--fold', '--device', 'cpu', '-o',
+                       tmp_path / 'f.safetensors')
+    assert code == 0 and 'nothing to fold' in out and load_model(tmp_path / 'f.safetensors')
+
+
+def test_models_shared_lists_those_whose_names_say_only_a_rank(capsys, monkeypatch):
+    monkeypatch.setattr('timm_lean.measure.report.model_reports', lambda names: [
+        ModelReport(name, 1, 1, 1, 32) for name in names])
+    names = [line.split()[0] for line in run(capsys, 'models', 'shared')[1].splitlines()]
+    assert {'resnet34_s48u1_dual', 'resnet56_cifar_s16u1', 'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1',
+            'resnet50_shared', 'mobilenetv2_100_sharedpp'} <= set(names)
+    assert 'resnet20_cifar' not in names
+
+
+@pytest.mark.parametrize('error, code', [
+    (KeyboardInterrupt(), 130), (BrokenPipeError(), 0), (OSError(errno.ENOSPC, 'No space left on device'), 1),
+    (OutputError('The disk is full.'), 1), (OSError(errno.ENAMETOOLONG, 'File name too long'), 2),
+    (LeanError('Two\nlines.'), 2), (LeanError('in a worker\nLeanError: The image a.png cannot be read.'), 2)],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else str(v))
+def test_exit_codes(capsys, monkeypatch, error, code):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr('timm_lean_cli.validate.run', fail)
+    result, out, err = run(capsys, 'validate', 'x')
+    assert (result, out) == (code, '') and 'Traceback' not in err
+    assert len(err.strip().splitlines()) == (0 if code == 0 else 1)
 
 
 def test_empty_data_folder_is_named(capsys, tmp_path):

@@ -71,7 +71,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _failed(error: Exception) -> bool:
     """Whether the machine failed rather than the request."""
-    return isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
+    from timm_lean.errors import OutputError
+    return isinstance(error, OutputError) or (isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG)
 
 
 def _one_line(text: str) -> str:

@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> None:
     sources = [args.model, *args.vs]
     measured = {**given(args, 'img_size'), 'latency': args.latency, 'device': options['device']}
     if any(map(is_detector, sources)):
-        from timm_lean.mmdet.report import detector_report
         if args.plot or args.data or args.data_dir or not all(map(is_detector, sources)):
             raise LeanError(f'{next(filter(is_detector, sources))} is a detector: it is compared with detectors, '
                             'without --plot, --data and --data-dir. Its accuracy is measured by tools/test_det.py.')
+        from timm_lean.mmdet.report import detector_report
         reports = [detector_report(source, **measured) for source in sources]
     else:
         accuracy = args.plot or args.data or args.data_dir

@@ -150,7 +150,7 @@ class Trainer:
             self.optimizer = create_optimizer_v2(
                 trainable, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
                 momentum=config.momentum, filter_bias_and_bn=not config.decay_all)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, AssertionError, ImportError) as e:
             raise LeanError(f'timm cannot create the optimizer {config.opt!r}: {e}') from e
         self.scaler = NativeScaler(device=self.device.type) if config.amp == 'fp16' else None
         self.updates_per_epoch = math.ceil(len(self.train_loader) / config.grad_accum)
