@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_lean_cli import doctor
+from timm_lean_cli import doctor, main
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ('mmengine', 'mmcv', 'mmdet'))
 
@@ -22,7 +22,7 @@ def test_this_environment(capsys, monkeypatch):
     else:
         assert status == 0 and any("pip install 'timm-lean[mmdet]'" in line for line in lines)
     monkeypatch.setattr(doctor, 'diagnose', lambda: (lines, status))
-    assert doctor.doctor() == status
+    assert main(['doctor']) == status
     assert capsys.readouterr().out.splitlines() == lines
 
 
