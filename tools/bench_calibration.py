@@ -19,11 +19,9 @@ from typing import Any
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import hardware, synchronize
-
 import timm_lean  # noqa: F401  (registers the models)
 from timm_lean.calibration import calibrate
+from timm_lean.measure.timing import hardware, synchronize
 from timm_lean.pruning import prune_kernels
 
 
