@@ -1,4 +1,6 @@
 """`timm-lean export` of detectors: the whole as a folder, the backbone as ONNX and torch.export files."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,16 @@ def test_the_whole_as_a_folder(detector, tmp_path, capsys):
     for a, b in zip(predictions_of(load_detector(detector), batch(64)),
                     predictions_of(load_detector(tmp_path / 'd'), batch(64)), strict=True):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+
+
+def test_info_says_what_a_detector_costs(detector, capsys):
+    assert main(['info', str(detector), '--img-size', '64', '--device', 'cpu', '--json']) == 0
+    report, = json.loads(capsys.readouterr().out)
+    model = load_detector(detector)
+    assert report['params'] == sum(p.numel() for p in model.parameters())
+    assert report['bytes'] == detector.stat().st_size and report['img_size'] == 64 and report['macs'] > 0
+    assert main(['info', str(detector), '--data', 'digits', '--device', 'cpu']) == 2
+    assert 'is a detector' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('options, message', [

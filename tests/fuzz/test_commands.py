@@ -131,5 +131,5 @@ def test_config_files(quick, tmp_path):
         file.write_bytes(text.encode('utf-8', 'surrogateescape' if rng.random() < 0.5 else 'replace'))
         _run(['train', '--config', str(file)])
 
-    outcome = fuzz(attempt, 150, LeanError)
+    outcome = fuzz(attempt, 100, LeanError)
     assert outcome['accepted'] and outcome['refused'], outcome
