@@ -1,6 +1,4 @@
-"""Checks of a config's COCO-format data before a run: files, category names, number of classes."""
-import json
-import re
+"""Checks of a config's COCO-format data before a run: files, categories, annotations, number of classes."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from timm_lean.errors import LeanError
+
+from .annotations import check_annotations, check_images_on_disk, read_annotations
 
 __all__ = ['HEADS', 'annotation_file', 'categories', 'check_data', 'datasets']
 
@@ -28,10 +28,11 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         splits: Which of `train`, `val` and `test` will be used.
 
     Raises:
-        LeanError: An annotation file is missing, its categories are not the config's classes, or the detector has
-            another number of classes.
+        LeanError: An annotation file is missing or damaged, its categories are not the config's classes, images are
+            missing, or the detector has another number of classes.
     """
     register_all_modules(init_default_scope=False)
+    checked: set[Path] = set()
     for split in splits:
         for dataset in datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
             classes, said_by = _classes(dataset)
@@ -39,7 +40,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 continue
             _check_heads(cfg.model, classes, said_by.format(split))
             if not dataset['type'].endswith(_GENERATED):
-                _check_file(dataset, classes, split)
+                _check_file(dataset, classes, split, checked)
 
 
 def datasets(dataset: Any) -> Iterator[Any]:
@@ -69,19 +70,27 @@ def _classes(dataset: Any) -> tuple[tuple[str, ...] | None, str]:
     return tuple(classes) if isinstance(classes, (list, tuple)) else None, said_by
 
 
-def _check_file(dataset: Any, classes: Sequence[str], split: str) -> None:
+def _check_file(dataset: Any, classes: Sequence[str], split: str, checked: set[Path]) -> None:
     path = annotation_file(dataset)
-    if path is None:
+    if path is None or path in checked:
         return
+    checked.add(path)
     if not path.is_file():
         raise LeanError(f'The annotation file {path} of the {split} dataset does not exist. Give the folder of the '
                         'data by --data-root, or set data_root and ann_file in the config.')
-    names = categories(path)
+    data = read_annotations(path)
+    names = [category['name'] for category in data['categories']]
     missing = [name for name in classes if name not in names]
     if missing:
         raise LeanError(
             f'{path} has the categories {_listed(names)}, but the config expects {_listed(missing)}. Set '
             "the config's classes=(...) to the names in the file, or give --classes, which reads them there.")
+    if not _reads_plain_coco(dataset):
+        return
+    check_annotations(data, path, classes, needed=split != 'test')
+    prefix = (dataset.get('data_prefix') or {}).get('img')
+    if prefix is not None and '://' not in prefix and not dataset.get('backend_args'):
+        check_images_on_disk(data, Path(dataset.get('data_root') or '', prefix), path)
 
 
 def annotation_file(dataset: Any) -> Path | None:
@@ -92,16 +101,15 @@ def annotation_file(dataset: Any) -> Path | None:
 
 
 def categories(path: Path) -> list[str]:
-    """Category names of a COCO file; only that part is parsed, as the file may be huge."""
-    text = path.read_text(encoding='utf-8')
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r'"categories"\s*:\s*', text):
-        try:
-            value, _ = decoder.raw_decode(text, match.end())
-            return [str(category['name']) for category in value]
-        except (ValueError, TypeError, KeyError):
-            continue
-    raise LeanError(f'{path} has no list of categories with names: it is damaged or not in COCO format.')
+    """Category names of a COCO file."""
+    return [category['name'] for category in read_annotations(path)['categories']]
+
+
+def _reads_plain_coco(dataset: Any) -> bool:
+    """Whether its class takes images and annotations from the file as CocoDataset does; LVIS and others do not."""
+    from mmdet.datasets import CocoDataset
+    kind = DATASETS.get(dataset['type'])
+    return (kind.load_data_list is CocoDataset.load_data_list and kind.parse_data_info is CocoDataset.parse_data_info)
 
 
 def _check_heads(model: Any, classes: Sequence[str], said_by: str, head: str = '') -> None:

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from timm_lean.checkpoint.files import output_file
 from timm_lean.errors import LeanError
 
+from .checks import check_settings, registry_errors
 from .data import check_data, datasets
 from .detector import WEIGHTS_FILE, load_detector, load_strictly
 from .hooks import unwrap
@@ -73,11 +74,13 @@ def _train(args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     prepare(cfg, ('train', 'val'))
-    runner = Runner.from_cfg(cfg)
+    with registry_errors():
+        runner = Runner.from_cfg(cfg)
     if cfg.get('load_from'):
         # MMEngine loads it again, and only warns about what does not fit; heads may be others, the backbone not
         load_strictly(unwrap(runner.model), cfg.load_from, part='' if cfg.resume else 'backbone.')
-    runner.train()
+    with registry_errors():
+        runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -98,14 +101,16 @@ def _test(args: argparse.Namespace) -> None:
             test_out_dir=str(Path(args.show_dir).absolute()) if args.show_dir else None)
     if args.tta:
         _augment(cfg)
-    runner = Runner.from_cfg(cfg)
+    with registry_errors():
+        runner = Runner.from_cfg(cfg)
     detector = unwrap(runner.model)
     load_strictly(
         detector.module if args.tta else detector,  # type: ignore[arg-type]
         checkpoint / WEIGHTS_FILE if checkpoint.is_dir() else checkpoint)
     if out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out)))
-    runner.test()
+    with registry_errors():
+        runner.test()
 
 
 def _stored_config(source: Path) -> Config:
@@ -144,11 +149,12 @@ def _augment(cfg: Config) -> None:
 
 
 def prepare(cfg: Config, splits: Sequence[str]) -> None:
-    """Check a config's data and fit it to this machine, in place.
+    """Check a config's settings and data and fit it to this machine, in place.
 
     Raises:
-        LeanError: Annotations are missing or do not fit the config.
+        LeanError: A setting is out of range, or annotations are missing, damaged or do not fit the config.
     """
+    check_settings(cfg, splits)
     check_data(cfg, splits)
     if torch.cuda.is_available():
         return
