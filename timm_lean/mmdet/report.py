@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from mmdet.structures import DetDataSample
 
-from timm_lean.measure.report import ModelReport, count_macs, count_params, measure_latency
+from timm_lean.measure import count_macs, count_params, inference, measure_latency, peak_memory
+from timm_lean.measure.report import ModelReport
 
 from .detector import WEIGHTS_FILE, load_detector
 
@@ -46,8 +47,10 @@ def detector_report(
         str(source), count_params(detector), count_macs(_OnImages(detector, 'tensor'), shape), weights.stat().st_size,
         side)
     if latency:
-        timing, = measure_latency([_OnImages(detector, 'predict')], [shape], torch.device(device), repeats)
-        report.latency_ms, report.latency_spread_ms, report.peak_memory = timing
+        place, model = torch.device(device), _OnImages(detector, 'predict')
+        timing, = measure_latency([model], [shape], place, repeats)
+        report.latency_ms, report.latency_spread_ms = 1000 * timing.median, 1000 * timing.spread
+        report.peak_memory = peak_memory(inference(model, torch.randn(*shape, device=place)), place)
         report.device = str(device)
     return report
 
