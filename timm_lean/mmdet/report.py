@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from timm_lean.measure import count_macs, count_params, inference, measure_latency, peak_memory
 from timm_lean.measure.report import ModelReport
 
+from .data import datasets
 from .detector import WEIGHTS_FILE, load_detector
 
 __all__ = ['detector_report']
@@ -71,6 +72,7 @@ class _OnImages(nn.Module):
 
 
 def _test_size(cfg: Any) -> int:
-    scales = [step['scale'] for step in cfg.get('test_pipeline') or () if step.get('scale')]
+    tested = [dataset['pipeline'] for dataset in datasets((cfg.get('test_dataloader') or {}).get('dataset'))]
+    scales = [step['scale'] for step in (tested or [()])[0] if step.get('scale')]
     side = min(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else _IMG_SIZE
     return -(-side // _DIVISOR) * _DIVISOR
