@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_lean import LeanError, fold, load_model, save_model, share
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
-from timm_lean.pruning import KernelPruner, prune_kernels
+from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer
 from timm_lean_cli import main
 
@@ -273,15 +273,6 @@ def test_sharing_twice_takes_what_is_left(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(LeanError, match=message):
         share(network(), **arguments)
-
-
-def test_pruned_kernels_are_left_alone_or_refused():
-    model = prune_kernels(network(), amount=0.5, include='layer1.*', scope='layer')
-    with pytest.raises(LeanError, match=r'share\(\), then prune_kernels\(\)'):
-        share(model, shared_rank=10)
-    new = share(model, shared_rank=10, exclude='layer1.*')
-    assert torch.equal(new.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
-    assert {layer.name.partition('.')[0] for layer in new.lean_report.layers}.isdisjoint({'layer1', 'conv1'})
 
 
 def test_nothing_to_share():
