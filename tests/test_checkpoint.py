@@ -3,22 +3,20 @@ import copy
 import errno
 import json
 import os
-import random
-import resource
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from conftest import randomize_batchnorm
+from fuzz.safetensors_file import join, parts, with_entry
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
 
 import timm_lean.checkpoint
 from timm_lean import CheckpointError, LeanError, OutputError, fold, load_model, save_model
@@ -347,26 +345,6 @@ def good(tmp_path_factory) -> Path:
     return path
 
 
-def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The safetensors header and the bytes behind it."""
-    size, = struct.unpack('<Q', data[:8])
-    return json.loads(data[8:8 + size]), data[8 + size:]
-
-
-def join(header: dict[str, Any] | str, body: bytes) -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    return struct.pack('<Q', len(text)) + text + body
-
-
-def with_entry(data: bytes, entry: str | dict[str, Any] | None = None, **changes: Any) -> bytes:
-    """The file with another `timm_lean` entry, or with changes to it."""
-    header, body = parts(data)
-    if entry is None:
-        entry = {**json.loads(header['__metadata__']['timm_lean']), **changes}
-    header['__metadata__']['timm_lean'] = entry if isinstance(entry, str) else json.dumps(entry)
-    return join(header, body)
-
-
 def refused(path: Path, data: bytes, words: str | None) -> str:
     """Load the bytes; the CheckpointError's message, which names the file and matches `words`."""
     path.write_bytes(data)
@@ -486,7 +464,7 @@ def test_header_fields_of_another_type(good, tmp_path, key, value):
 
 def test_nested_json_of_any_depth(good, tmp_path):
     data = good.read_bytes()
-    for depth in [*range(20, 1100, 20), *range(880, 1000, 3)]:
+    for depth in [*range(20, 1100, 60), *range(880, 1000, 6)]:
         for key in ('architecture', 'model_args', 'steps', 'format'):
             entry = json.dumps({**json.loads(parts(data)[0]['__metadata__']['timm_lean']), key: 'HERE'})
             value = '[' * depth + ']' * depth
@@ -511,64 +489,6 @@ def test_tensor_entries_that_lie(good, tmp_path, change):
     refused(tmp_path / 'm.safetensors', join(header, body), 'safetensors|does not fit|cannot be loaded')
 
 
-HOSTILE_SIZES = {
-    'a million blocks': ('resnet20_cifar', dict(layers=[1_000_000, 1, 1])),
-    'a quintillion blocks': ('resnet20_cifar', dict(layers=[10 ** 18, 1, 1])),
-    'many stages': ('resnet20_cifar', dict(layers=[1] * 100_000, channels=[4] * 100_000)),
-    'huge rank': ('resnet20_cifar', dict(shared_rank=10 ** 9)),
-    'rank beyond int64': ('resnet20_cifar', dict(shared_rank=10 ** 30)),
-    'huge rank and width': ('resnet20_cifar', dict(channels=[10 ** 6] * 3, shared_rank=10 ** 6)),
-    'wide': ('resnet20_cifar', dict(channels=[10 ** 6] * 3)),
-    'wider': ('resnet20_cifar', dict(channels=[10 ** 12] * 3)),
-    'classes': ('resnet20_cifar', dict(num_classes=10 ** 12)),
-    'classes beyond int64': ('resnet20_cifar', dict(num_classes=10 ** 30)),
-    'input channels': ('resnet20_cifar', dict(in_chans=10 ** 15)),
-    'wide, on the real device': ('resnet20_cifar', dict(channels=[2 ** 12] * 3, device='cpu')),
-    'classes, on the real device': ('resnet20_cifar', dict(num_classes=10 ** 7, device='cpu')),
-    'stock blocks': ('resnet18', dict(layers=[10 ** 8, 1, 1, 1])),
-    'stock width': ('resnet18', dict(base_width=10 ** 9)),
-    'stock features': ('efficientnet_lite0', dict(num_features=10 ** 9)),
-    'stock widths': ('convnext_atto', dict(dims=[10 ** 7] * 4)),
-    'stock depths': ('convnext_atto', dict(depths=[5 * 10 ** 7, 2, 6, 2])),
-    'stock depth': ('vit_tiny_patch16_224', dict(depth=5 * 10 ** 7)),
-    'stock image': ('vit_tiny_patch16_224', dict(img_size=10 ** 7)),
-}
-
-LOAD_ALL = """
-import resource, sys, time
-import timm_lean
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
-timm_lean.load_model(sys.argv[1])
-for path in sys.argv[2:]:
-    before, start = peak(), time.monotonic()
-    try:
-        timm_lean.load_model(path)
-        outcome = 'loaded'
-    except timm_lean.CheckpointError as e:
-        outcome = 'refused' if len(str(e)) < 2000 else 'refused at length'
-    except BaseException as e:
-        outcome = type(e).__name__
-    megabytes, seconds = peak() - before, time.monotonic() - start
-    outcome += f', {megabytes} MB' * (megabytes > 300) + f', {seconds:.0f} s' * (seconds > 5)
-    print(outcome, flush=True)
-"""
-
-
-@pytest.mark.timeout(180)
-def test_hostile_sizes_cost_no_memory_and_no_time(good, tmp_path):
-    """In a process of its own, so that the peak memory is that of these files and a blow-up ends only that process."""
-    paths = []
-    for i, (name, args) in enumerate(HOSTILE_SIZES.values()):
-        paths.append(tmp_path / f'{i}.safetensors')
-        paths[-1].write_bytes(with_entry(good.read_bytes(), architecture=name, model_args={'num_classes': 10, **args}))
-    done = subprocess.run(
-        [sys.executable, '-c', LOAD_ALL, good, *paths], capture_output=True, text=True, timeout=170, check=False)
-    outcomes = done.stdout.splitlines()
-    assert len(outcomes) == len(paths), f'ended at {list(HOSTILE_SIZES)[len(outcomes)]}: {done.stderr[-2000:]}'
-    assert dict(zip(HOSTILE_SIZES, outcomes, strict=True)) == dict.fromkeys(HOSTILE_SIZES, 'refused')
-
-
 @pytest.mark.parametrize('args', [
     dict(pretrained=True), dict(checkpoint_path='/nowhere/evil.pth'), dict(pretrained_cfg='tv_in1k', pretrained=True),
     dict(pretrained=True, pretrained_cfg_overlay={'file': '/nowhere/evil.pth'}), dict(features_only=True),
@@ -590,151 +510,6 @@ def test_arguments_that_reach_outside_the_file_are_refused(good, tmp_path, monke
     assert not touched
 
 
-# --- fuzzing ----------------------------------------------------------------------------------------------------------
-
-def _flip(rng: random.Random, data: bytes, low: int, high: int) -> bytes:
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 8)):
-        out[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
-    return bytes(out)
-
-
-def flip_in_header(rng, data):
-    return _flip(rng, data, 0, 8 + struct.unpack('<Q', data[:8])[0])
-
-
-def flip_in_tensors(rng, data):
-    return _flip(rng, data, 8 + struct.unpack('<Q', data[:8])[0], len(data))
-
-
-def flip_in_entry(rng, data):
-    start = data.index(b'timm_lean')
-    return _flip(rng, data, start, data.index(b'pretrained_cfg', start))
-
-
-def truncate(rng, data):
-    return data[:rng.choice((rng.randrange(len(data)), rng.randrange(3000)))]
-
-
-def insert(rng, data):
-    at = rng.choice((rng.randrange(len(data)), rng.randrange(3000)))
-    return data[:at] + rng.randbytes(rng.randint(1, 50)) + data[at:]
-
-
-def cut_out(rng, data):
-    at = rng.randrange(3000)
-    return data[:at] + data[at + rng.randint(1, 50):]
-
-
-def header_length(rng, data):
-    size, = struct.unpack('<Q', data[:8])
-    new = rng.choice((size + rng.randint(-50, 50), rng.getrandbits(64), rng.getrandbits(30), 2 ** 63, 0))
-    return struct.pack('<Q', max(new, 0)) + data[8:]
-
-
-def json_value(rng, data):
-    """Another value for one field of the recipe, or of the arguments within it."""
-    values = [None, True, -1, 0, 10 ** 9, 10 ** 30, 1e308, '', 'x' * 1000, [], [[]], {}, {'op': 'fold'}, [3] * 10_000,
-              [1_000_000, 1, 1], 'cpu', 'resnet18', 'hf-hub:a/b', [None], [{'op': 'fold'}] * 50, '\x00', 0.5]
-    entry = json.loads(parts(data)[0]['__metadata__']['timm_lean'])
-    where = rng.choice((entry, entry['model_args'], entry['pretrained_cfg']))
-    keys = ['layers', 'channels', 'conv_shortcut', 'num_classes', 'in_chans', 'global_pool', 'shared_rank',
-            'unique_rank', 'dual', 'drop_rate', 'features_only', 'nonsense']
-    where[rng.choice([*where, *keys] if where is entry['model_args'] else list(where))] = rng.choice(values)
-    return with_entry(data, entry)
-
-
-def json_text(rng, data):
-    text = list(parts(data)[0]['__metadata__']['timm_lean'])
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(text))
-        text[at:at + rng.randint(0, 3)] = rng.choice(['{', '}', '[', ']', '"', ',', ':', '9', '\\', '\x00', '-', 'e9'])
-    return with_entry(data, ''.join(text))
-
-
-def duplicate_key(rng, data):
-    header, body = parts(data)
-    key = rng.choice([k for k in header if k != '__metadata__'])
-    other = header[rng.choice([k for k in header if k != '__metadata__'])]
-    return join(json.dumps(header)[:-1] + f', {json.dumps(key)}: {json.dumps(other)}}}', body)
-
-
-def another_dtype(rng, data):
-    header, body = parts(data)
-    for key in rng.sample([k for k in header if k != '__metadata__'], rng.randint(1, 5)):
-        header[key]['dtype'] = rng.choice(['I32', 'I64', 'F64', 'F16', 'BF16', 'U8', 'BOOL', 'F8_E4M3', 'C64', 'X', ''])
-    return join(header, body)
-
-
-def another_layout(rng, data):
-    header, body = parts(data)
-    names = [k for k in header if k != '__metadata__']
-    entry = header[rng.choice(names)]
-    kind = rng.choice(('shape', 'offsets', 'swap', 'rename', 'drop'))
-    if kind == 'shape':
-        entry['shape'] = rng.choice([[], [0], entry['shape'][::-1], [*entry['shape'], 1], [2 ** 40], [10 ** 30]])
-    elif kind == 'offsets':
-        entry['data_offsets'] = [rng.randrange(10 ** 6), rng.choice((rng.randrange(10 ** 6), 2 ** 62))]
-    elif kind == 'swap':
-        other = rng.choice(names)
-        header[other]['data_offsets'], entry['data_offsets'] = entry['data_offsets'], header[other]['data_offsets']
-    elif kind == 'rename':
-        header[rng.choice(('x', '', 'fc.weight', 'layer1'))] = header.pop(rng.choice(names))
-    else:
-        del header[rng.choice(names)]
-    return join(header, body)
-
-
-MUTATIONS = [flip_in_header, flip_in_tensors, flip_in_entry, truncate, insert, cut_out, header_length, json_value,
-             json_text, duplicate_key, another_dtype, another_layout]
-
-
-def fuzz(data: bytes, path: Path, start: int, count: int) -> dict[str, int]:
-    """Load mutated files; anything but a CheckpointError or a model fails the test.
-
-    Returns:
-        How many files were refused and how many were loaded.
-    """
-    outcome = {'refused': 0, 'loaded': 0}
-    for seed in range(start, start + count):
-        mutation = MUTATIONS[seed % len(MUTATIONS)]
-        path.write_bytes(mutation(random.Random(seed), data))
-        begin = time.process_time()  # a hang ends by the test's timeout
-        try:
-            model = load_model(path)
-        except CheckpointError as e:
-            outcome['refused'] += 1
-            assert len(str(e)) < 5000, f'{mutation.__name__} seed {seed}: a message of {len(str(e))} characters'
-        except BaseException as e:
-            raise AssertionError(f'{mutation.__name__} seed {seed}: {type(e).__name__}: {e}') from e
-        else:
-            outcome['loaded'] += 1
-            assert isinstance(model, nn.Module)
-        assert time.process_time() - begin < 5, f'{mutation.__name__} seed {seed}'
-    return outcome
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize('kind, start, count', [
-    ('dense', 0, 100), ('folded', 0, 50),
-    pytest.param('dense', 1000, 800, marks=pytest.mark.slow),
-    pytest.param('folded', 2000, 200, marks=pytest.mark.slow)])
-def test_mutated_files_give_a_checkpoint_error_or_a_model(kind, start, count, tmp_path):
-    model = timm.create_model('resnet20_cifar')
-    if kind == 'folded':
-        model = fold(timm.create_model('resnet20_cifar', shared_rank=2, unique_rank=1).eval())
-    save_model(model, tmp_path / 'good.safetensors')
-    data = (tmp_path / 'good.safetensors').read_bytes()
-    load_model(tmp_path / 'good.safetensors')
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.process_time()
-    outcome = fuzz(data, tmp_path / 'm.safetensors', start, count)
-    assert sum(outcome.values()) == count
-    assert outcome['refused'] > count / 2, outcome
-    assert time.process_time() - begin < 40
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
-
-
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 def test_a_recipe_names_the_lean_entry_only_for_restructured_models():
@@ -743,6 +518,58 @@ def test_a_recipe_names_the_lean_entry_only_for_restructured_models():
     assert name == 'lean'
     assert args['base'] == 'resnet32_cifar_s8u1'
     assert args['recipe'] == [{'op': 'fold'}]
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    """Several metadata entries would be written in the order of a hash that changes from file to file."""
+    model = model_of('resnet20_cifar')
+    for i in range(10):
+        save_model(model, tmp_path / str(i))
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(10)}) == 1
+
+
+class Parallel(nn.Module):
+    """As DDP: the network under the name `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.compile, nn.DataParallel, Parallel, lambda m: torch.compile(Parallel(m)), ModelEmaV3,
+    torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize('save', [save_model, save_hf_dir])
+def test_wrappers_are_taken_off(wrap, save, tmp_path):
+    model = model_of('resnet20_cifar')
+    file, folder = tmp_path / 'm.safetensors', tmp_path / 'hf'
+    save(wrap(model), file if save is save_model else folder)
+    assert_same(model, load_any(str(file) if save is save_model else f'local-dir:{folder}'))
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('resnet18', dict(num_classes=3)), ('mobilenetv2_035', {}), ('resnet32_cifar_s8u1', {})])
+def test_features_of_a_file_are_those_of_timm(name, kwargs, tmp_path):
+    model = model_of(name, **kwargs)
+    save_model(model, tmp_path / 'm.safetensors')
+    x = image(model)
+    expected = timm.create_model(name, features_only=True)
+    for indices in (None, (1, 3)):
+        features = load_model(tmp_path / 'm.safetensors', features_only=True, out_indices=indices)
+        assert not features.training
+        outs = features(x)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        channels = expected.feature_info.channels()
+        for i, out in zip(indices or range(len(channels)), outs, strict=True):
+            torch.testing.assert_close(out, maps[i])
+            assert out.shape[1] == channels[i]
+        assert features.feature_info.channels() == [channels[i] for i in indices or range(len(channels))]
+
+
+@pytest.mark.parametrize('indices', [(), (9,), (-1,), ('1',), (True,)])
+def test_feature_levels_that_are_not_there(good, indices):
+    with pytest.raises(LeanError, match=r'out_indices=.*feature levels 0 to 3'):
+        load_model(good, features_only=True, out_indices=indices)
 
 
 def test_a_recipe_is_a_copy():

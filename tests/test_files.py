@@ -143,11 +143,10 @@ LOCK_AND_FORK = LIGHT + """
 import os, sys, time
 from timm_lean.checkpoint.files import lock_dir
 with lock_dir(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     sys.stdin.readline()
 """
 

@@ -6,12 +6,14 @@ import timm
 import torch
 from mmdet_support import SHARED, batch, losses_of, open_config, predictions_of
 from mmengine.runner import load_checkpoint
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
 from timm_lean.mmdet.detector import build_detector, describe, load_strictly, save_detector
+from timm_lean.mmdet.network import feature_channels
 from timm_lean.mmdet.prune import prune_detector
 
 from conftest import randomize_batchnorm  # isort: skip
@@ -309,3 +311,26 @@ def test_unknown_arguments_of_registered_classes():
         HOOKS.build(dict(type='KernelPruningHook', amount=0.5, sparsity=1))
     with pytest.raises(LeanError, match=r"share=.* has no argument 'parms'"):
         TimmBackbone('resnet18', share=dict(parms=0.5, shared_rank=4))
+
+
+def test_the_channels_of_a_file_are_known_without_reading_its_tensors(tmp_path, monkeypatch):
+    save_model(timm.create_model('resnet20_cifar', channels=[8, 16, 24]), tmp_path / 'm.safetensors')
+    read = []
+
+    class Opened:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            self.file.__exit__(*args)
+
+        def __getattr__(self, name):
+            read.append(name)
+            return getattr(self.file, name)
+    monkeypatch.setattr('timm_lean.mmdet.weights.safe_open', Opened)
+    assert feature_channels(checkpoint=str(tmp_path / 'm.safetensors')) == [24]
+    assert 'metadata' in read and 'get_tensor' not in read

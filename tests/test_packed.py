@@ -65,6 +65,17 @@ def test_what_is_not_pruned_stays_plain(tmp_path):
             assert set(f.keys()) == set(model.state_dict())
 
 
+def test_zeros_that_no_pruning_made_stay_plain(tmp_path):
+    """A file without steps loads in plain timm, whatever its values."""
+    model = timm.create_model('resnet20_cifar')
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.weight)
+    save_model(model, tmp_path / 'm.safetensors')
+    assert set(load_file(tmp_path / 'm.safetensors')) == set(model.state_dict())
+    timm.create_model('resnet20_cifar', checkpoint_path=str(tmp_path / 'm.safetensors'))
+
+
 def test_plain_on_request_and_in_a_local_dir(tmp_path):
     model = pruned(0.9)
     save_model(model, tmp_path / 'm.safetensors', packed=False)

@@ -1,30 +1,30 @@
-"""Damaged classification files give one CheckpointError or a model, fast and in little memory."""
+"""Damaged classification files give one CheckpointError or a usable model, fast and in little memory."""
 import resource
+from pathlib import Path
 
 import pytest
-import timm
 import torch.nn as nn
+from timm.data import create_transform, resolve_model_data_config
 
 from fuzz import fuzz
 from fuzz.safetensors_file import mutate_file
-from timm_lean import CheckpointError, fold, load_model, save_model
+from timm_lean import CheckpointError, load_model
+
+FILES = sorted((Path(__file__).parents[1] / 'formats').glob('*/*.safetensors'))
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize('kind', ['dense', 'folded'])
-def test_mutated_files(kind, tmp_path):
-    model = timm.create_model('resnet20_cifar')
-    if kind == 'folded':
-        model = fold(timm.create_model('resnet20_cifar', shared_rank=2, unique_rank=1).eval())
-    path = tmp_path / 'm.safetensors'
-    save_model(model, path)
-    data = path.read_bytes()
-    load_model(path)
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_mutated_files(file, tmp_path):
+    data, path = file.read_bytes(), tmp_path / 'm.safetensors'
+    load_model(file)
 
     def attempt(rng):
         path.write_bytes(mutate_file(rng, data))
-        assert isinstance(load_model(path), nn.Module)
+        model = load_model(path)
+        assert isinstance(model, nn.Module)
+        create_transform(**resolve_model_data_config(model))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome = fuzz(attempt, count=60, allowed=CheckpointError)
-    assert outcome['refused'] > outcome['accepted'], outcome
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
+    outcome = fuzz(attempt, count=25, allowed=CheckpointError)
+    assert outcome['refused'] > outcome['accepted'] / 2, outcome
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB

@@ -38,7 +38,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _staging(path) as folder:
         yield folder / path.name
-        _sync(folder / path.name)
+        _settle(folder / path.name)
         os.replace(folder / path.name, path)
 
 
@@ -63,7 +63,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         yield new
         for file in new.rglob('*'):
             if file.is_file():
-                _sync(file)
+                _settle(file)
         if path.exists():
             shutil.copymode(path, new)
             (folder / _OLD).mkdir()
@@ -193,9 +193,13 @@ def _remove_leftovers(parent: Path) -> None:
 _remove_leftovers_once = lru_cache(maxsize=None)(_remove_leftovers)  # a run writes thousands of files into one folder
 
 
-def _sync(file: Path) -> None:
+def _settle(file: Path) -> None:
+    """Sync a file to disk, and give it ordinary permissions: safetensors makes files that only their owner can read."""
     with open(file, 'rb') as f:
         os.fsync(f.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _disk_error(error: BaseException | None) -> str | None:

@@ -6,8 +6,7 @@ network from timm's registry and loads the tensors strictly.
 """
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,58 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import parse_model_name, save_for_hf
+from timm.models._features import FeatureGetterNet
 from timm.models._hub import filter_pretrained_cfg
+from timm.utils import unwrap_model
 
 from timm_lean.errors import CheckpointError, LeanError
 
+from .allocate import allocate, skeleton
 from .files import atomic_dir, atomic_file
+from .limits import check_header_size, check_tensors, parse_entry
 from .packing import pack, packed_shapes, unpack
-from .recipe import LEAN_ENTRY, Recipe, build, recipe_of
+from .pretrained_cfg import clean_pretrained_cfg
+from .recipe import LEAN_ENTRY, Recipe, build, has_step, recipe_of
 
-__all__ = ['load_any', 'load_model', 'read_header', 'save_hf_dir', 'save_model', 'set_head']
+__all__ = [
+    'load_any', 'load_model', 'read_header', 'read_recipe', 'save_hf_dir', 'save_model', 'set_head']
 
 FORMAT_VERSION = 1
 _logger = logging.getLogger(__name__)
 _KEY = 'timm_lean'
+_PRUNED_STEP = 'prune_kernels'
 # Arguments of timm.create_model that download, open other files or choose a device.
 RUNTIME_ARGS = {
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'features_only', 'device',
     'dtype', 'scriptable', 'exportable', 'no_jit'}
-# No network has that many blocks or channels; timm allocates lists of such lengths before any module exists.
-_MAX_ARGUMENT = 1_000_000
-# A named network has a few modules per tensor; a file that asks for many more is not one we wrote.
-_MODULES_PER_TENSOR = 20
 
 
 def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
     """Write a model to one self-describing `.safetensors` file, atomically.
 
     Args:
-        model: A model made by `timm.create_model` (any timm model), possibly restructured by this package.
+        model: A model made by `timm.create_model` (any timm model), possibly restructured by this package, or a wrapper
+            of one: compiled, DDP, EMA (then the averaged weights are meant).
         path: The file to write.
-        packed: Of convolutions with pruned kernels store the live ones only, if the file gets smaller. Readers other
-            than `load_model` need plain tensors: save with False, or by `save_hf_dir`.
+        packed: Of convolutions store the kernels that pruning left only, if kernels were pruned and the file gets
+            smaller. Readers other than `load_model` need plain tensors: save with False, or by `save_hf_dir`.
 
     Raises:
         CheckpointError: The model cannot be rebuilt from its name and arguments, so the file would not load.
+        OutputError: The disk is full.
     """
+    model = unwrap_model(model)
     try:
         recipe = recipe_of(model)
     except LeanError as e:
         raise CheckpointError(str(e)) from e
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    _check_shapes(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
+    skeleton(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
     _warn_of_lost_zeros(recipe, tensors)
     cfg = filter_pretrained_cfg(
         {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
         remove_source=True, remove_null=True)
+    cfg = dict(sorted(clean_pretrained_cfg(cfg).items()))
     header = {
         'format': FORMAT_VERSION,
         'architecture': recipe.architecture,
@@ -69,57 +75,67 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         'steps': recipe.steps,
         'pretrained_cfg': {**cfg, 'num_classes': getattr(model, 'num_classes', None)},
     }
-    if packed:
-        tensors, header['packed'] = pack(tensors)
-    if not header.get('packed'):
-        header.pop('packed', None)
+    if packed and has_step(model, _PRUNED_STEP):
+        tensors, shapes = pack(tensors)
+        if shapes:
+            header['packed'] = shapes
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={'format': 'pt', _KEY: json.dumps(header)})
+        # one entry only: safetensors writes several in an order that changes from run to run
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 
 def _warn_of_lost_zeros(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
     """Say that training has revived pruned kernels; folding and sharing fill them in on purpose."""
     steps = [step['op'] for step in recipe.steps]
-    if 'prune_kernels' not in steps or {'fold', 'share'} & set(steps[steps.index('prune_kernels'):]):
+    if _PRUNED_STEP not in steps or {'fold', 'share'} & set(steps[steps.index(_PRUNED_STEP):]):
         return
     if not any(bool((t == 0).flatten(2).all(2).any()) for t in tensors.values() if t.ndim == 4):
         _logger.warning('The kernels of this model were pruned, and none of them is zero any more: training revived '
                         'them. Keep them by timm_lean.keep_zeros(model, optimizer).')
 
 
-def load_model(path: str | Path, num_classes: int | None = None) -> nn.Module:
+def load_model(
+        path: str | Path,
+        num_classes: int | None = None,
+        *,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+) -> nn.Module:
     """Load a file written by `save_model` into a newly built network.
 
     Args:
         path: The file.
         num_classes: Give the model a newly initialized classifier for this many classes.
+        features_only: Return a network that maps images to a list of feature maps, as timm's `features_only` does.
+        out_indices: Its levels, 0 the first; all of them if None.
 
     Returns:
         The model, in eval mode, on the CPU.
 
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or does not hold the network it describes.
+        LeanError: The network has no such feature levels.
     """
     header = read_header(path)
-    recipe = Recipe(header['architecture'], header['model_args'], header['steps'])
+    recipe = _recipe(header)
     try:
         with safe_open(path, framework='pt') as f:
             packed = header.get('packed', {})
-            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
-            _check_shapes(recipe, shapes, str(path))
-            model = build(recipe)
+            names = f.keys()
+            check_tensors(names)
+            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in names}, packed)
+            model = allocate(recipe, shapes, str(path))
             tensors = {k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}
-            incompatible = model.load_state_dict(tensors, strict=False)
-    except CheckpointError as e:
+            model.load_state_dict(tensors)
+        cfg = clean_pretrained_cfg(header['pretrained_cfg'])
+        _set_pretrained_cfg(model, {**cfg, 'architecture': recipe.architecture})
+    except LeanError as e:
         raise e if str(path) in str(e) else CheckpointError(f'{path} cannot be loaded: {e}') from e
-    except (LeanError, SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
-        raise CheckpointError(f'{path} cannot be loaded: {e}') from e
-    if incompatible.missing_keys or incompatible.unexpected_keys:
-        raise CheckpointError(f'{path} does not hold the network it describes: {incompatible}')
-    _set_pretrained_cfg(model, header['pretrained_cfg'])
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise CheckpointError(f'{path} cannot be loaded: {_one_line(e)}') from e
     if num_classes is not None:
         set_head(model, num_classes)
-    return model.eval()
+    return _features(model, out_indices).eval() if features_only else model.eval()
 
 
 def load_any(source: str, *, pretrained: bool = False, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
@@ -195,6 +211,7 @@ def save_hf_dir(model: nn.Module, directory: str | Path) -> None:
     Restructured models are written under the name `lean`, so their users need `import timm_lean` first; so do users of
     this package's own names. Tensors are always plain.
     """
+    model = unwrap_model(model)
     recipe = recipe_of(model)
     name, args = recipe.create_args()
     extra = {k: v for k, v in args.items() if k in ('base', 'recipe')}
@@ -214,6 +231,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f'{path} is not a file.')
     try:
+        check_header_size(path)
         with safe_open(path, framework='pt') as f:
             metadata = f.metadata() or {}
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
@@ -222,10 +240,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f'{path} is a safetensors file without a timm-lean header, so its architecture is not known. Load it by '
             f'timm.create_model(NAME, checkpoint_path={str(path)!r}), then save it by timm_lean.save_model.')
-    try:
-        header = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f'{path} has a damaged timm-lean header: {e}') from e
+    header = parse_entry(metadata[_KEY], f'{path}: the timm-lean header')
     expected = {'architecture': str, 'model_args': dict, 'steps': list, 'pretrained_cfg': dict}
     if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
@@ -237,71 +252,38 @@ def read_header(path: str | Path) -> dict[str, Any]:
                                   f'got {str(header.get(key))[:100]!r}.')
     if runtime := sorted(RUNTIME_ARGS & header['model_args'].keys()):
         raise CheckpointError(f'{path} has a damaged timm-lean header: {", ".join(runtime)} do not describe a network.')
-    if _largest_number(header['model_args']) > _MAX_ARGUMENT:
-        raise CheckpointError(
-            f'{path} has a damaged timm-lean header: a model argument is larger than {_MAX_ARGUMENT:,}.')
     if header['architecture'] == LEAN_ENTRY or any(k in header['model_args'] for k in ('base', 'recipe')):
         raise CheckpointError(f'{path} has a damaged timm-lean header: steps belong in "steps".')
     return header
 
 
-def _largest_number(value: Any) -> float:
-    """The largest magnitude of a number anywhere in plain data, however deeply nested."""
-    largest, todo = 0., [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, (dict, list)):
-            todo += item.values() if isinstance(item, dict) else item
-        elif isinstance(item, (int, float)):
-            largest = max(largest, abs(item))
-    return largest
+def read_recipe(path: str | Path) -> Recipe:
+    """What network a checkpoint holds, from its header alone; see `read_header`."""
+    return _recipe(read_header(path))
+
+
+def _recipe(header: dict[str, Any]) -> Recipe:
+    return Recipe(header['architecture'], header['model_args'], header['steps'])
+
+
+def _features(model: nn.Module, out_indices: Sequence[int] | None) -> nn.Module:
+    if not hasattr(model, 'feature_info') or not hasattr(model, 'forward_intermediates'):
+        raise LeanError(f'{type(model).__name__} has no feature levels in timm: features_only is not possible.')
+    levels = len(getattr(model.feature_info, 'info', model.feature_info))  # type: ignore[arg-type]
+    indices = tuple(range(levels)) if out_indices is None else tuple(out_indices)
+    if not indices or any(type(i) is not int or not 0 <= i < levels for i in indices):
+        raise LeanError(f'out_indices={out_indices!r} is not possible: {type(model).__name__} has the feature levels 0 '
+                        f'to {levels - 1}.')
+    return FeatureGetterNet(model, out_indices=indices)
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:500]
 
 
 def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:
-    cfg = {**model.pretrained_cfg, **cfg}  # type: ignore[dict-item]
-    model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
-        k: tuple(v) if isinstance(v, list) and k != 'label_names' else v for k, v in cfg.items()}
-
-
-def _check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, ...]], what: str) -> None:
-    """Raise a CheckpointError unless the recipe gives exactly these tensors; nothing is allocated for the check."""
-    try:
-        with _module_budget(1000 + _MODULES_PER_TENSOR * len(shapes)), torch.device('meta'):
-            expected = {k: tuple(v.shape) for k, v in build(recipe).state_dict().items()}
-    except CheckpointError:
-        raise
-    except LeanError as e:
-        raise CheckpointError(f'{what} cannot be rebuilt: {e}') from e
-    if expected == shapes:
-        return
-    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & shapes.keys() if expected[k] != shapes[k])
-    found = '; '.join(
-        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
-        for label, keys in (
-            ('missing', missing), ('unexpected', extra),
-            ('other shape', [f'{k} {list(shapes[k])} instead of {list(expected[k])}' for k in wrong]),
-        ) if keys)
-    raise CheckpointError(
-        f'{what} does not fit {recipe.architecture!r} with {str(recipe.model_args)[:300]} and '
-        f'{len(recipe.steps)} steps: {found}.')
-
-
-@contextmanager
-def _module_budget(limit: int) -> Iterator[None]:
-    """Stop the construction of a network that has more modules than a file of this many tensors can explain."""
-    count = 0
-
-    def hook(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError(f'The header asks for a network of more than {limit} modules; the file is damaged.')
-
-    handle = nn.modules.module.register_module_module_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
+    num_classes = getattr(model, 'num_classes', None)
+    if len(cfg.get('label_names') or ()) != num_classes:  # of another head
+        cfg = {**cfg, 'label_names': None, 'label_descriptions': None}
+    cfg = {**model.pretrained_cfg, **cfg, 'num_classes': num_classes}  # type: ignore[dict-item]
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]

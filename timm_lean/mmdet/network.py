@@ -87,7 +87,7 @@ def feature_channels(
         model_args: dict[str, Any] | None = None,
 ) -> list[int]:
     """Channels of the feature maps `build_features` would give, without allocating or loading the network."""
-    recipe, _ = _source(model_name, pretrained, checkpoint, dict(model_args or {}))
+    recipe, _ = _source(model_name, pretrained, checkpoint, dict(model_args or {}), header_only=True)
     indices = _check_indices(_on_meta(recipe), out_indices, recipe.architecture)
     try:
         with torch.device('meta'):
@@ -150,13 +150,13 @@ def flat_name(net: nn.Module, name: str) -> str:
 
 
 def _source(
-        model_name: str, pretrained: bool, checkpoint: str | None, args: dict[str, Any],
+        model_name: str, pretrained: bool, checkpoint: str | None, args: dict[str, Any], header_only: bool = False,
 ) -> tuple[Recipe, Weights | None]:
     """What to build, and the weights if they come from a file."""
     if checkpoint is not None:
         if pretrained:
             raise LeanError(f'TimmBackbone got pretrained=True and checkpoint={checkpoint!r}; give one of them.')
-        weights = read_weights(checkpoint)
+        weights = read_weights(checkpoint, header_only=header_only)
         if weights.recipe is None:
             if not model_name:
                 raise LeanError(f'{checkpoint} does not say which network it holds. Give model_name as well.')

@@ -12,7 +12,7 @@ import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
-from timm_lean.checkpoint.format import read_header
+from timm_lean.checkpoint.format import read_recipe
 from timm_lean.checkpoint.packing import packed_shapes, unpack
 from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError
@@ -40,25 +40,27 @@ class Weights:
     recipe: Recipe | None = None
 
 
-def read_weights(path: str, prefix: str | None = None) -> Weights:
+def read_weights(path: str, prefix: str | None = None, *, header_only: bool = False) -> Weights:
     """Read a backbone's weights from a classification or detector checkpoint.
 
     Args:
         path: `.safetensors`, or what else MMEngine's loaders take.
         prefix: Only the tensors under this prefix, which is taken off.
+        header_only: Read the recipe and no tensors.
 
     Raises:
         CheckpointError: The file is missing, damaged or not a checkpoint.
     """
     recipe = None
     if str(path).endswith('.safetensors'):
-        metadata, tensors = _read(path)
+        metadata, tensors = _read(path, tensors=not header_only)
         if DETECTOR_KEY in metadata:
             backbone = detector_header(path).get('backbone')
             recipe = Recipe(**backbone) if backbone else None
         elif 'timm_lean' in metadata:
-            header = read_header(path)
-            recipe = Recipe(header['architecture'], header['model_args'], header['steps'])
+            recipe = read_recipe(path)
+    elif header_only:  # other formats have no recipe
+        tensors = {}
     else:
         try:
             checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')

@@ -15,7 +15,8 @@ from timm_lean.errors import LeanError
 __all__ = ['feature_channels', 'record_resize', 'resize', 'set_feature_channels']
 
 STEP = 'resize'
-_SKIPPED = {'num_classes', 'training'}
+# What pruning does not change: the head, and how a layer moves over its input.
+_SKIPPED = {'num_classes', 'training', 'kernel_size', 'stride', 'padding', 'dilation', 'output_padding'}
 
 
 def record_resize(model: nn.Module) -> None:
@@ -44,7 +45,7 @@ def resize(
     Args:
         model: The network; its values do not matter.
         modules: Name to what differs: shapes of tensors (None for a size that stays), whole numbers, or tuples of
-            them. A `bias` may be added; nothing may grow.
+            them. A `bias` may be added; nothing may grow or become less than 1.
         feature_channels: Channels in `feature_info`.
 
     Raises:
@@ -58,6 +59,7 @@ def resize(
             raise LeanError(f'The step {STEP!r} has sizes for {name!r}, which {type(model).__name__} does not have.')
         for attribute, value in changes.items():
             _apply(named[name], name, attribute, value)
+        _check_layer(named[name], name)
     if feature_channels is not None:
         set_feature_channels(model, feature_channels)
     return model
@@ -132,9 +134,30 @@ def _apply(module: nn.Module, name: str, attribute: str, value: Any) -> None:
         resized = old.detach()[tuple(slice(n) for n in sizes)].clone()
         tensors[attribute] = nn.Parameter(resized, old.requires_grad) if isinstance(old, nn.Parameter) else resized
         return
-    current = module.__dict__.get(attribute)
+    current: Any = module.__dict__.get(attribute)
     value = tuple(value) if isinstance(value, list) else value
     if (attribute[:1] == '_' or attribute in _SKIPPED or not _is_size(current) or not _is_size(value)
-            or type(value) is not (int if isinstance(current, int) else tuple)):
+            or type(value) is not type(current)):
+        raise wrong
+    new, old = ((value,), (current,)) if isinstance(value, int) else (value, current)
+    if len(new) != len(old) or any(not 0 < n <= m for n, m in zip(new, old, strict=True)):
         raise wrong
     setattr(module, attribute, value)
+
+
+def _check_layer(module: nn.Module, name: str) -> None:
+    """Raise a LeanError if a layer's weight is not of the size that its attributes say."""
+    if isinstance(module, nn.Linear):
+        expected = {'weight': (module.out_features, module.in_features), 'bias': (module.out_features,)}
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        inputs = module.in_channels // module.groups if module.in_channels % module.groups == 0 else 0
+        expected = {'weight': (module.out_channels, inputs, *module.kernel_size), 'bias': (module.out_channels,)}
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        expected = dict.fromkeys(('weight', 'bias', 'running_mean', 'running_var'), (module.num_features,))
+    else:
+        return
+    for key, shape in expected.items():
+        tensor = getattr(module, key)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise LeanError(f'The step {STEP!r} gives {name}.{key} the shape {list(tensor.shape)}, but the layer says '
+                            f'{list(shape)}.')

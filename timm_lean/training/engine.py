@@ -30,7 +30,7 @@ from .evaluate import evaluate
 from .log import RunLog
 from .pruning import create_pruner
 from .run_dir import choose_directory
-from .state import load_state, save_state
+from .state import load_state, restoring, save_state
 from .task import RegularizedTask
 
 __all__ = ['Trainer', 'train']
@@ -299,16 +299,17 @@ class Trainer:
             return False
         if ('task_state' in state) != bool(self.task.get_task_state()):
             raise LeanError(f'{self.directory} was trained with another --distill. Resume with the same.')
-        self.task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
-        if self.task.has_ema():
-            if 'state_dict_ema' not in state:
-                raise LeanError(f'{self.directory} was trained without --ema. Resume without it.')
-            self.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
-        self.optimizer.load_state_dict(state['optimizer'])
-        if self.scaler is not None and state['scaler'] is not None:
-            self.scaler.load_state_dict(state['scaler'])
-        if self.pruner is not None and state['pruner'] is not None:
-            self.pruner.load_state_dict(state['pruner'])
+        with restoring(self.directory):
+            self.task.load_checkpoint_state(state['state_dict'], state.get('task_state'))
+            if self.task.has_ema():
+                if 'state_dict_ema' not in state:
+                    raise LeanError(f'{self.directory} was trained without --ema. Resume without it.')
+                self.task.load_checkpoint_state(state['state_dict_ema'], state.get('task_state_ema'), ema=True)
+            self.optimizer.load_state_dict(state['optimizer'])
+            if self.scaler is not None and state['scaler'] is not None:
+                self.scaler.load_state_dict(state['scaler'])
+            if self.pruner is not None and state['pruner'] is not None:
+                self.pruner.load_state_dict(state['pruner'])
         self.start_epoch, self.best, self.updates = state['epoch'], state['best'], state['updates']
         self.log.rows = state['rows']
         if self.rank == 0:
