@@ -55,11 +55,12 @@ def test_the_whole_as_a_folder(detector, tmp_path, capsys):
 
 
 def test_info_says_what_a_detector_costs(detector, capsys):
-    assert main(['info', str(detector), '--img-size', '64', '--device', 'cpu', '--json']) == 0
+    assert main(['info', str(detector), '--img-size', '64', '--device', 'cpu', '--latency', '--json']) == 0
     report, = json.loads(capsys.readouterr().out)
     model = load_detector(detector)
     assert report['params'] == sum(p.numel() for p in model.parameters())
     assert report['bytes'] == detector.stat().st_size and report['img_size'] == 64 and report['macs'] > 0
+    assert report['latency_ms'] > 0 and report['peak_memory'] > 0
     assert main(['info', str(detector), '--data', 'digits', '--device', 'cpu']) == 2
     assert 'is a detector' in capsys.readouterr().err
 

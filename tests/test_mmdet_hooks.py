@@ -205,7 +205,7 @@ def test_tied_modules_are_stored_once(tmp_path):
     (lambda h: h.update(backbone={'x': 1}), 'damaged header: backbone'),
     (lambda h: h.update(config='import os\nos.system("touch harm")'), 'plain values'),
     (lambda h: h.update(config='model = dict(type=open("/etc/passwd"))'), 'plain values'),
-    (lambda h: h.update(config='log_level = "INFO"'), 'has no model'),
+    (lambda h: h.update(config='log_level = "INFO"'), 'model must be a dict'),
 ])
 def test_damaged_headers(tmp_path, damage, message):
     header = dict(format=1, config='x = 1', backbone=None, metainfo={}, aliases={})

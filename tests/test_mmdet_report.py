@@ -1,7 +1,7 @@
 """What a detector costs, against counts made by hand and by the tensors themselves."""
 import pytest
 import torch
-from mmdet_support import SHARED, scenes_config
+from mmdet_support import DENSE, scenes_config
 from safetensors import safe_open
 
 from timm_lean import CheckpointError
@@ -12,7 +12,7 @@ from timm_lean.mmdet.report import detector_report
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp('report')
-    cfg = scenes_config(folder, SHARED)
+    cfg = scenes_config(folder, DENSE)
     model = build_detector(cfg)
     path = folder / 'detector.safetensors'
     save_detector(model, path, describe(cfg, model, dict(classes=tuple('0123456789'))))

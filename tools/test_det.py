@@ -1,4 +1,4 @@
-"""Evaluate a detector: `python tools/test_det.py CONFIG CHECKPOINT [--work-dir DIR] [--show-dir DIR]`."""
+"""Evaluate a detector: `python tools/test_det.py [CONFIG] FILE [--out FILE.pkl] [--show-dir DIR] [--tta]`."""
 import sys
 
 import timm_lean.mmdet  # noqa: F401  (also in worker processes started by spawn, which import this file)

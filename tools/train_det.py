@@ -1,4 +1,4 @@
-"""Train a detector: `python tools/train_det.py CONFIG [--work-dir DIR] [--resume] [--amp] [--cfg-options K=V ...]`."""
+"""Train a detector: `python tools/train_det.py CONFIG [--data-root DIR] [--classes] [--resume] [--cfg-options K=V]`."""
 import sys
 
 import timm_lean.mmdet  # noqa: F401  (also in worker processes started by spawn, which import this file)

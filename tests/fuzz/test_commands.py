@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from timm_lean import LeanError, save_model
+from timm_lean.measure.timing import Timing
 from timm_lean.training.config import CONFIGS, load_yaml
 from timm_lean.training.finetune import check_finetune
 from timm_lean_cli import build_parser, main
@@ -62,7 +63,7 @@ def quick(monkeypatch, tmp_path):
 
 
 def _no_latency(models, *args):
-    return [(1., 0., 1)] * len(models)
+    return [Timing([0.001])] * len(models)
 
 
 def _no_images(*args, **kwargs):

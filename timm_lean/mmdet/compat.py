@@ -137,7 +137,7 @@ def mend_config_inheritance() -> bool:
     """Let configs inherit from packages (`_base_ = 'mmdet::...'`) without `pkg_resources`.
 
     mmengine asks it whether and where a package is installed. setuptools 82 removed it, and Python 3.12 brings no
-    setuptools at all. Only the two names in the two modules that look up configs are replaced.
+    setuptools at all. Only names in the two modules that look up configs are replaced.
 
     Returns:
         Whether the mend is in place.
@@ -158,7 +158,10 @@ def mend_config_inheritance() -> bool:
             raise ModuleNotFoundError(f'{package} is not installed')
         return str(Path(spec.origin).parent)
 
-    config.is_installed = is_installed
+    def require(package: str) -> None:  # mmengine's would install it
+        get_installed_path(package)
+
+    config.is_installed, hub.install_package = is_installed, require
     for module in (config, hub):
         module.get_installed_path = get_installed_path
     return True

@@ -11,8 +11,10 @@ import torch
 import torch.nn as nn
 from mmdet.structures import DetDataSample
 
-from timm_lean.measure.report import ModelReport, count_macs, count_params, measure_latency
+from timm_lean.measure import count_macs, count_params, inference, measure_latency, peak_memory
+from timm_lean.measure.report import ModelReport
 
+from .data import datasets
 from .detector import WEIGHTS_FILE, load_detector
 
 __all__ = ['detector_report']
@@ -46,8 +48,10 @@ def detector_report(
         str(source), count_params(detector), count_macs(_OnImages(detector, 'tensor'), shape), weights.stat().st_size,
         side)
     if latency:
-        timing, = measure_latency([_OnImages(detector, 'predict')], [shape], torch.device(device), repeats)
-        report.latency_ms, report.latency_spread_ms, report.peak_memory = timing
+        place, model = torch.device(device), _OnImages(detector, 'predict')
+        timing, = measure_latency([model], [shape], place, repeats)
+        report.latency_ms, report.latency_spread_ms = 1000 * timing.median, 1000 * timing.spread
+        report.peak_memory = peak_memory(inference(model, torch.randn(*shape, device=place)), place)
         report.device = str(device)
     return report
 
@@ -68,6 +72,7 @@ class _OnImages(nn.Module):
 
 
 def _test_size(cfg: Any) -> int:
-    scales = [step['scale'] for step in cfg.get('test_pipeline') or () if step.get('scale')]
+    tested = [dataset['pipeline'] for dataset in datasets((cfg.get('test_dataloader') or {}).get('dataset'))]
+    scales = [step['scale'] for step in (tested or [()])[0] if step.get('scale')]
     side = min(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else _IMG_SIZE
     return -(-side // _DIVISOR) * _DIVISOR

@@ -39,7 +39,7 @@ class ChannelReport(LeanReport):
     Attributes:
         layers: Layer, output channels before and after, for convolutions and linear layers that lost any.
         unchanged: Layers of groups that lost no channel, and why.
-        kept: Of every layer that lost output channels, those of the original that are left.
+        kept: Of every layer that lost output channels, those of the given model that are left.
         kept_inputs: The same for input channels.
         macs: Multiply-accumulates of one input, before and after.
     """

@@ -46,7 +46,7 @@ class CompactReport(LeanReport):
         left: Channels that no kernel makes but that stay, because removing them would not be exact.
         change: Largest absolute change of an output on the example inputs (rounding, where the removal is exact).
         scale: Largest absolute output before.
-        kept: Of every layer that lost output channels, those of the original that are left.
+        kept: Of every layer that lost output channels, those of the given model that are left.
         kept_inputs: The same for input channels.
         macs: Multiply-accumulates of one input before and after.
     """

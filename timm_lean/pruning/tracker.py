@@ -1,4 +1,4 @@
-"""Which channels of the original are left, kept account of while groups of channels are cut one after the other."""
+"""Which channels of a model are left, kept account of while groups of channels are cut one after the other."""
 from typing import Any
 
 import torch.nn as nn
@@ -10,7 +10,7 @@ class ChannelTracker:
     """Cuts groups of channels of a model.
 
     Attributes:
-        kept: Of every module that lost output channels, the original's numbers of those it still has.
+        kept: Of every module that lost output channels, the first numbers of those it still has.
         kept_inputs: The same of input channels, for layers that mix them.
     """
 
