@@ -241,7 +241,7 @@ def test_nothing_to_fold_is_a_note(capsys, tmp_path):
 
 
 def test_models_shared_lists_those_whose_names_say_only_a_rank(capsys, monkeypatch):
-    monkeypatch.setattr('timm_lean.measure.report.model_reports', lambda names: [
+    monkeypatch.setattr('timm_lean.measure.model_reports', lambda names: [
         ModelReport(name, 1, 1, 1, 32) for name in names])
     names = [line.split()[0] for line in run(capsys, 'models', 'shared')[1].splitlines()]
     assert {'resnet34_s48u1_dual', 'resnet56_cifar_s16u1', 'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1',

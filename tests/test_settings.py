@@ -67,6 +67,8 @@ def test_the_three_ways_in_refuse_alike(name, value, tmp_path, monkeypatch, caps
     ({'auto_augment': 'rand-q9', 'aug': 'rrc'}, "Unknown auto_augment policy 'rand-q9'"),
     ({'auto_augment': 'rand-m9'}, 'is a part of --aug rrc'),
     ({'model_args': {'num_classes': 3}}, 'num_classes is no model argument: give --num-classes'),
+    ({'model_args': {'drop_rate': 5}}, 'drop_rate of model_args must be a number from 0 to 1, got 5'),
+    ({'model_args': {'drop_path_rate': 'x'}}, 'drop_path_rate of model_args must be a number'),
     ({'model_args': {'pretrained': True}}, 'pretrained is no model argument: give --pretrained'),
 ])
 def test_values_of_another_type_in_a_file(settings, message, tmp_path, capsys):

@@ -196,6 +196,10 @@ class TrainConfig:
         for name, flag in _NO_MODEL_ARGS.items():
             if name in self.model_args:
                 raise LeanError(f'{name} is no model argument: give {flag} instead.')
+        for name, value in self.model_args.items():
+            # timm's networks look at it when they run
+            if name.endswith(('drop_rate', 'drop_path_rate')) and not (_is_number(value) and 0 <= value <= 1):
+                raise LeanError(f'{name} of model_args must be a number from 0 to 1, got {repr(value)[:100]}.')
         if self.auto_augment:
             self._check_auto_augment(self.auto_augment)
         if self.cache and (self.aug == 'rrc' or self.auto_augment or self.re_prob):
@@ -226,6 +230,10 @@ class TrainConfig:
             LeanError: An unknown setting, or a value of the wrong type.
         """
         return from_mapping(cls, settings)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def list_configs() -> list[str]:

@@ -126,6 +126,8 @@ def _number(name: str, value: Any, kind: type, limits: _Rule) -> Any:
             raise _refused(name, what, value) from None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise _refused(name, what, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _refused(name, what.replace('a number', 'a finite number'), value)
     if (isinstance(value, int) and abs(value) > 2 ** 63) or not limits.allows(value):
         raise _refused(name, what, value)
     return kind(value)
