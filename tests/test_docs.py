@@ -61,6 +61,7 @@ def test_no_example_is_left_out_by_its_language(page):
 
 def test_the_configs_shown_for_mmdetection_build():
     pytest.importorskip('mmdet')
+    import timm_lean.mmdet  # noqa: F401  # isort: skip  (prepares what follows)
     from mmdet.registry import HOOKS, MODELS
     shown = {}
     for language, text in blocks(ROOT / 'docs' / 'mmdetection.md'):
