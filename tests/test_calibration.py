@@ -9,7 +9,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import calibrate, output_scores
+from timm_lean.calibration import calibrate, output_scores, output_spectra
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
 from timm_lean.models.resnet_cifar import CifarResNet
@@ -84,6 +84,67 @@ def test_what_loses_nothing_stays(images):
         new = calibrate(model, original, [images])
         assert error(new, original, images) < 1e-6
         assert error(new, original, images) <= error(model, original, images) + 1e-9
+
+
+def test_ranks_by_the_energy_of_outputs(images, unseen):
+    """The spectrum by hand for one layer, and a budget that is better spent than by the weights' energy."""
+    original = network(channels=(8, 24))
+    conv = original.layer1[0].conv1
+    spectrum = output_spectra(original, [['layer1.0.conv1']], [images], ridge=0., positions=256)[0]
+    with torch.no_grad():
+        x = original.act1(original.bn1(original.conv1(images)))
+        y = conv(x).transpose(0, 1).flatten(1)
+    y = y - y.mean(1, keepdim=True)
+    expected = torch.linalg.svdvals(y.double())
+    expected = expected / expected.norm()
+    assert torch.allclose(spectrum[:3], expected[:3], rtol=0.1)  # from a sample of the positions
+    data, weights = share(original, params=0.4, calibration=[images]), share(original, params=0.4)
+    assert data.lean_report.params[1] <= 0.43 * data.lean_report.params[0]
+    assert error(data, original, unseen) < error(weights, original, unseen)
+
+
+def test_little_memory_means_fewer_images_for_the_first_layers(images, unseen):
+    original = network()
+    model = pruned(original)
+    one = 8 * 16 * 16 * 4  # bytes of a map of the first stage
+    new = calibrate(model, original, images.split(4), memory_limit=2 * 16 * 4 * one)
+    samples = {layer.name: layer.samples for layer in new.calibration_report.layers}
+    assert samples['conv1'] < samples['layer2.1.conv1'] and samples['fc'] == 48
+    assert error(new, original, unseen) < error(model, original, unseen)
+
+
+def test_fewer_samples_than_inputs(images):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 14 * 14, 20)).eval()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0
+    new = calibrate(model, original, [images])
+    assert new.calibration_report.layers[-1].samples == 48
+    fitted = images[torch.arange(64) % 4 != 3]
+    assert error(new, original, fitted) < 0.5 * error(model, original, fitted)
+    assert error(new, original, images[3::4]) <= error(model, original, images[3::4])
+
+
+def _calibrate_half(rank, folder, images):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    original = network()
+    new = calibrate(share(original, shared_rank=12), original, [images[32 * rank:][:32]])
+    torch.save((new.state_dict(), new.calibration_report.to_dict()), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_come_to_the_same(images, unseen, tmp_path):
+    torch.multiprocessing.spawn(_calibrate_half, (str(tmp_path), images), nprocs=2)
+    (one, report), (other, _) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+    original = network()
+    alone = calibrate(share(original, shared_rank=12), original, images.split(32))
+    assert report['after'] == pytest.approx(alone.calibration_report.after, rel=0.1)
+    model = share(original, shared_rank=12)
+    model.load_state_dict(one)
+    assert error(model, original, unseen) == pytest.approx(error(alone, original, unseen), rel=0.1)
 
 
 def test_frozen_layers_stay(images):

@@ -7,7 +7,9 @@ that the branch ends in (`walk`). Batch norm statistics are measured anew where 
 """
 from .batchnorm import insert_norms
 from .calibrate import calibrate
-from .inputs import input_covariances, output_scores
+from .inputs import input_covariances, output_scores, output_spectra
 from .report import CalibrationReport, LayerFit
 
-__all__ = ['CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores']
+__all__ = [
+    'CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores',
+    'output_spectra']

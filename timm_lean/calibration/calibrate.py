@@ -17,7 +17,7 @@ from .fleet import Fleet, Ship, fleet
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, pick_positions
 from .layers import LinearMap, is_layer, linear_map, patches, rows_of
-from .moments import Moments, all_reduce
+from .moments import Moments, all_reduce, is_distributed
 from .report import CalibrationReport, LayerFit
 from .walk import Join, Survey, evaluation
 
@@ -149,18 +149,23 @@ class _Calibration:
         layer = linear_map(self.new.get_submodule(name), norm if norm0 is not None else None)
         if layer is None:
             return None
-        train, held = (Moments(layer.groups, layer.filters, layer.size, device=self.device) for _ in range(2))
         calls = self.survey.counts[name]
+        both: list[Moments] = []
         joins = []
         for ship in ships.at(name):
             for call in range(calls):
                 inputs, lacking, targets, join = self._samples(ship, index, layer, name, call, joined, norm, norm0)
                 joins.append(join)
-                mask = ship.held.repeat_interleave(len(inputs) // len(ship.held))
-                for moments, chosen in ((train, ~mask), (held, mask)):
+                each = len(inputs) // len(ship.held)
+                if not both:
+                    few = self.images * calls * each < layer.size and not is_distributed()
+                    both = [Moments(layer.groups, layer.filters, layer.size, few, self.device) for _ in range(2)]
+                mask = ship.held.repeat_interleave(each)
+                for moments, chosen in zip(both, (~mask, mask), strict=True):
                     moments.add(inputs[chosen], lacking[chosen], targets[chosen])
-        for moments in (train, held):
+        for moments in both:
             moments.reduce()
+        train, held = both
         change, before, after = None, float(held.error.sum()), float(held.error.sum())
         if before > LOSSLESS ** 2 * float(held.energy.sum()):
             change = train.solve(self.ridge, layer.free, layer.bias)

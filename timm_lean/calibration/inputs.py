@@ -1,4 +1,4 @@
-"""What images excite in a network: second moments of its layers' inputs, and what follows from them for pruning.
+"""What images excite in a network: second moments of its layers' inputs, and what follows from them.
 
 By how much a layer's output error grows when a kernel `w` (one output, one input channel) goes and the other weights of
 its filter make up for it is `w^T ([H^-1]_cc)^-1 w`, `[H^-1]_cc` the kernel's block of the inverse of the covariance of
@@ -16,9 +16,10 @@ from .fleet import fleet
 from .images import load_chunks, pick_positions
 from .layers import is_layer, patches
 from .moments import all_reduce
+from .shared import whitened
 from .walk import Survey, evaluation
 
-__all__ = ['input_covariances', 'output_scores']
+__all__ = ['input_covariances', 'output_scores', 'output_spectra']
 
 
 @torch.no_grad()
@@ -94,6 +95,38 @@ def output_scores(
                             f'{type(layer).__name__}. Prune before sharing, or leave it out by exclude.')
     return {name: _scores(model.get_submodule(name), covariance)
             for name, covariance in input_covariances(model, names, batches, **options)}
+
+
+@torch.no_grad()
+def output_spectra(
+        model: nn.Module, groups: Sequence[Sequence[str]], batches: Iterable[Any], **options: Any,
+) -> list[torch.Tensor]:
+    """Singular values of the stacked filters of groups of convolutions, by the energy of their outputs.
+
+    Args:
+        model: The network.
+        groups: Names of ungrouped convolutions of one shape, group by group.
+        batches: Images `[B, C, H, W]`, or tuples that start with them.
+        **options: As for `input_covariances`.
+
+    Returns:
+        For each group `[min(layers * out, d)]`: the sum of squares beyond the r-th is the share of the outputs' energy
+        that the best r common filters lose, as far as the layers' inputs have the same covariance.
+    """
+    spectra: dict[int, torch.Tensor] = {}
+    group_of = {name: index for index, names in enumerate(groups) for name in names}
+    waiting: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(groups))}
+    for name, covariance in input_covariances(model, list(group_of), batches, **options):
+        index = group_of[name]
+        waiting[index][name] = covariance[0]
+        if len(waiting[index]) == len(groups[index]):
+            grams = waiting.pop(index)
+            rows = [model.get_submodule(n).weight.detach().double().flatten(1) for n in grams]  # type: ignore[union-attr]
+            spectra[index] = torch.linalg.svdvals(whitened(list(grams.values()), rows)[0])
+    if waiting:
+        missing = next(name for index in waiting for name in groups[index] if name not in waiting[index])
+        raise LeanError(f'The network never runs {missing!r}, so images say nothing about it; leave it out by exclude.')
+    return [spectra[index] for index in range(len(groups))]
 
 
 def _scores(layer: Any, covariance: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from .solver import solve_change
 
-__all__ = ['Moments', 'all_reduce']
+__all__ = ['Moments', 'all_reduce', 'is_distributed']
 
 _EXACT_SIZE = 1024
 _REFINEMENTS = 2
@@ -134,9 +134,14 @@ class Moments:
         return lambda weights: (weights @ samples.mT) @ samples
 
 
+def is_distributed() -> bool:
+    """Whether other processes have images too."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_reduce(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Sum tensors over the processes of a distributed run in place, all in one message; returns the last of them."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

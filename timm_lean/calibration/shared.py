@@ -6,6 +6,7 @@ Wanted is the least of `sum_l w_l (tr(W_l H_l W_l^T) - 2 tr(W_l G_l^T))` over `W
 No single singular value decomposition solves this, as the `H_l` differ. One whitened by their mean is the start; then
 coefficients, unique filters and basis are solved for in turn, each exactly while the others stand still.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from .solver import conjugate_gradients
 
 __all__ = [
-    'SharedLayer', 'alternate', 'orthonormalize', 'whitened_basis', 'whitened_singular', 'whitened_unique']
+    'SharedLayer', 'alternate', 'orthonormalize', 'whitened', 'whitened_basis', 'whitened_unique']
 
 _STEPS = 30  # each turn goes on where the last one ended
 
@@ -76,9 +77,24 @@ class SharedLayer:
         return self.weight * float((weight * (weight @ self.gram - 2 * self.target)).sum())
 
 
-def whitened_singular(layers: list[SharedLayer], originals: list[torch.Tensor]) -> torch.Tensor:
-    """Singular values of the stacked filters, whitened by the mean of the layers' moments."""
-    return torch.linalg.svdvals(_whitened(layers, originals)[0])
+def whitened(grams: Sequence[torch.Tensor], originals: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The filters of a group's layers, whitened by the mean of the layers' moments.
+
+    Each layer counts alike: its moments and its filters are divided by the energy of its outputs.
+
+    Args:
+        grams: `H_l`, `[d, d]`.
+        originals: Filters of the original, `[out, d]`.
+
+    Returns:
+        The filters times `L`, `[layers * out, d]`, and `L`, the lower triangle `[d, d]` with `L L^T` the mean moment.
+    """
+    mean = torch.zeros_like(grams[0])
+    for gram, rows in zip(grams, originals, strict=True):
+        mean += gram / float((rows @ gram * rows).sum().clamp_min(1e-30)) / len(grams)
+    lower = torch.linalg.cholesky(mean)
+    scaled = [rows @ lower for rows in originals]
+    return torch.cat([rows / rows.norm().clamp_min(1e-30) for rows in scaled]), lower
 
 
 def whitened_basis(layers: list[SharedLayer], originals: list[torch.Tensor], rank: int) -> torch.Tensor:
@@ -87,7 +103,7 @@ def whitened_basis(layers: list[SharedLayer], originals: list[torch.Tensor], ran
     Returns:
         `[rank, d]`
     """
-    stacked, lower = _whitened(layers, originals)
+    stacked, lower = whitened([layer.gram for layer in layers], originals)
     leading = torch.linalg.svd(stacked, full_matrices=False)[2][:rank]
     return torch.linalg.solve_triangular(lower, leading, upper=False, left=False)
 
@@ -150,14 +166,6 @@ def _fit_basis(layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tenso
     return basis + conjugate_gradients(
         lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest, _positive(diagonal),
         live, (-2, -1), max_steps=_STEPS)
-
-
-def _whitened(layers: list[SharedLayer], originals: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    total = sum(layer.weight * layer.gram for layer in layers)
-    assert isinstance(total, torch.Tensor)
-    lower = torch.linalg.cholesky(total / len(layers))
-    whitened = [rows @ lower for rows in originals]
-    return torch.cat([rows / rows.norm().clamp_min(1e-30) for rows in whitened]), lower
 
 
 def _positive(diagonal: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class Join:
 
     Attributes:
         layer: Name of the layer.
-        inputs: The layer's input.
+        inputs: The layer's input; this and the other tensors are there in a `Walk`, not in a `Survey`.
         outputs: Its output.
         scale: `[C]`, or None for 1.
         shift: `[C]`, or None for 0.
@@ -56,8 +56,8 @@ class Join:
         other: What it is added to; both set at the addition.
     """
     layer: str
-    inputs: torch.Tensor
-    outputs: torch.Tensor
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     norm: torch.Tensor | None = None
@@ -162,7 +162,8 @@ class Walk:
             elif self._where == 'after':
                 self._pause(Stop(inputs, outputs))
 
-    def at_addition(self, join: Join) -> None:
+    def at_addition(self, join: Join, branch: torch.Tensor, other: torch.Tensor) -> None:
+        join.branch, join.other = branch, other
         self._pause(join)
 
     def at_use(self, join: Join) -> None:
@@ -225,11 +226,11 @@ class Survey:
             self._spoiled.add(name)
 
     def after_layer(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        _mark(outputs, Join(name, inputs, outputs.detach()))
+        _mark(outputs, Join(name))
 
-    def at_addition(self, join: Join) -> None:
+    def at_addition(self, join: Join, branch: torch.Tensor, other: torch.Tensor) -> None:
         self.joins[join.layer] = join
-        partner = getattr(join.other, '_lean_join', None)
+        partner = getattr(other, '_lean_join', None)
         if partner is not None:
             self._partners[join.layer] = partner.layer
         self.order.append((join.layer, True))
@@ -284,8 +285,7 @@ class _Additions(TorchFunctionMode):
             for branch, other in (args, args[::-1]):
                 join = getattr(branch, '_lean_join', None)
                 if join is not None:
-                    join.branch, join.other = branch, other
-                    self.walk.at_addition(join)
+                    self.walk.at_addition(join, branch, other)
             return _unmarked(func(*args))
         through = _through(func, name, args, kwargs)
         out = _unmarked(func(*args, **kwargs))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.calibration import calibrate, insert_norms
+from timm_lean.calibration import calibrate, insert_norms, output_spectra
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import changed_params, hand_over
@@ -59,8 +59,8 @@ def share(
             first: its weight and bias undo its statistics. In training mode that holds as far as the statistics of a
             batch are those of the calibration images.
         calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: bases and all
-            other layers are fitted so that the outputs stay near the original's, see `calibrate`. Without, the weights
-            are approximated.
+            other layers are fitted so that the outputs stay near the original's, see `calibrate`, and `energy` and
+            `params` go by the energy of the layers' outputs. Without, all this is about the weights alone.
 
     Returns:
         A new network of the same mode, with a `ShareReport` as `.lean_report`.
@@ -72,6 +72,10 @@ def share(
     if bn and calibration is None:
         raise LeanError('bn=True needs calibration=LOADER: the batch norms get their statistics from its images.')
     groups = find_groups(model, dual, stages, include, exclude)
+    if calibration is not None:
+        calibration = list(calibration)
+        for group, spectrum in zip(groups, output_spectra(model, [g.names for g in groups], calibration), strict=True):
+            group.singular = spectrum
     before = count_params(model)
     if params is not None:
         ranks = ranks_for_budget(groups, params, before, unique_rank, bn)
@@ -89,7 +93,6 @@ def share(
     layers = [layer for index, (group, rank) in enumerate(zip(groups, ranks, strict=True))
               for layer in _fill(new, group, rank, index)]
     if calibration is not None:
-        calibration = list(calibration)
         new = calibrate(new, model, calibration)
         if bn:
             insert_norms(new, _add_norms(new, plan), calibration)
