@@ -147,6 +147,19 @@ def test_two_processes_come_to_the_same(images, unseen, tmp_path):
     assert error(model, original, unseen) == pytest.approx(error(alone, original, unseen), rel=0.1)
 
 
+@pytest.mark.parametrize('name, sums', [('test_resnet', 4), ('test_efficientnet', 2), ('test_convnext', None)])
+def test_networks_of_timm(name, sums):
+    """Shortcuts with a convolution of their own, computed between a branch and the sum; depthwise, linear, attention."""
+    torch.manual_seed(0)
+    original = randomize_batchnorm(timm.create_model(name, num_classes=10)).eval()
+    model = prune_kernels(original, amount=0.4)
+    x = nn.functional.interpolate(torch.randn(32, 3, 8, 8), size=32, mode='bilinear')
+    new = calibrate(model, original, [x], reestimate_bn=False)
+    assert error(new, original, x[3::4]) < 0.9 * error(model, original, x[3::4])
+    if sums is not None:
+        assert [layer.aim for layer in new.calibration_report.layers].count('sum') == sums
+
+
 def test_frozen_layers_stay(images):
     original = network()
     model = pruned(original)

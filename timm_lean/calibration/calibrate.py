@@ -128,7 +128,7 @@ class _Calibration:
                                 f'network that {type(self.new).__name__} was made from.')
 
     def _fleet(self) -> Any:
-        return fleet((self.original, self.new), self.names, self.chunks, self.survey, self.limit)
+        return fleet((self.original, self.new), self.names, self.chunks, self.survey, self.limit, self.joins)
 
     # front to back -------------------------------------------------------------------------------------------------
 

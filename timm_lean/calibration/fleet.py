@@ -4,7 +4,7 @@ What a pass holds at a layer differs along a network, most at its beginning. So 
 before them hold allows: the first layers, which see thousands of positions of each image, are fitted to some of the
 images, and the last ones to all. Every image goes through each network once.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,10 +39,13 @@ class Fleet:
         chunks: The pieces.
         survey: Of a network with the most calls, for the memory that passes hold.
         limit: Bytes that all passes may hold; one piece may go beyond.
+        joined: The layers at whose additions passes may have to pause.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], chunks: Sequence[Chunk], survey: Survey, limit: float):
-        self.networks, self.chunks = networks, chunks
+    def __init__(
+            self, networks: Sequence[nn.Module], chunks: Sequence[Chunk], survey: Survey, limit: float,
+            joined: Collection[str]):
+        self.networks, self.chunks, self.joined = networks, chunks, joined
         self.device = next(networks[0].parameters()).device
         self._room = {}  # call to bytes that an image holds there or later
         most = 0
@@ -61,7 +64,8 @@ class Fleet:
             if self._ships and images > room:
                 break
             x = chunk.images.to(self.device)
-            walks = [Walk(lambda network=network, x=x: network(x)) for network in self.networks]  # type: ignore[misc]
+            walks = [Walk(lambda network=network, x=x: network(x), self.joined)  # type: ignore[misc]
+                     for network in self.networks]
             self._ships.append(Ship(index, chunk.held.to(self.device), walks))
         return self._ships
 
@@ -76,9 +80,10 @@ class Fleet:
 @contextmanager
 def fleet(
         networks: Sequence[nn.Module], names: Sequence[str], chunks: Sequence[Chunk], survey: Survey, limit: float,
+        joined: Collection[str] = (),
 ) -> Iterator[Fleet]:
     """A fleet whose passes can pause at the named layers; they all end with the block."""
-    ships = Fleet(networks, chunks, survey, limit)
+    ships = Fleet(networks, chunks, survey, limit, joined)
     with hooked(names, *networks):
         try:
             yield ships

@@ -17,7 +17,7 @@ __all__ = ['Moments', 'all_reduce', 'is_distributed']
 
 _EXACT_SIZE = 1024
 _REFINEMENTS = 2
-_MAX_STEPS = 200
+_MAX_STEPS = 100
 
 
 class Moments:

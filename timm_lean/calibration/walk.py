@@ -8,7 +8,7 @@ A layer at the end of a residual branch pauses where its output is added (`Join`
 """
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,10 +86,12 @@ class Walk:
     """One forward pass, to be moved from pause to pause.
 
     Args:
-        forward: Runs the pass and returns its output. It must run modules that `hooked` watches.
+        forward: Runs the pass, through modules that `hooked` watches.
+        joined: The layers at whose additions the pass may have to pause.
     """
 
-    def __init__(self, forward: Callable[[], Any]):
+    def __init__(self, forward: Callable[[], Any], joined: Collection[str] = ()):
+        self._joined = joined
         self._wanted: tuple[str, int] | None = None
         self._where = ''
         self._calls: dict[str, int] = {}
@@ -156,15 +158,15 @@ class Walk:
             self._pause(Stop(inputs, None))
 
     def after_layer(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        if self._wanted == (name, self._calls[name]):
-            if self._where == 'sum':
-                _mark(outputs, Join(name, inputs, outputs.detach()))
-            elif self._where == 'after':
-                self._pause(Stop(inputs, outputs))
+        if name in self._joined:
+            _mark(outputs, Join(name, inputs, outputs.detach()))
+        if self._where == 'after' and self._wanted == (name, self._calls[name]):
+            self._pause(Stop(inputs, outputs))
 
     def at_addition(self, join: Join, branch: torch.Tensor, other: torch.Tensor) -> None:
-        join.branch, join.other = branch, other
-        self._pause(join)
+        if self._where == 'sum' and self._wanted is not None and self._wanted[0] == join.layer:
+            join.branch, join.other = branch, other
+            self._pause(join)
 
     def at_use(self, join: Join) -> None:
         pass
