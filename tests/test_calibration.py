@@ -114,16 +114,16 @@ def test_little_memory_means_fewer_images_for_the_first_layers(images, unseen):
 
 
 def test_fewer_samples_than_inputs(images):
+    """Images of an 8-dimensional space: 48 samples say all about 6,272 inputs that depend on them linearly."""
     torch.manual_seed(0)
-    original = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 14 * 14, 20)).eval()
+    original = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Flatten(), nn.Linear(32 * 14 * 14, 20)).eval()
     model = copy.deepcopy(original)
     with torch.no_grad():
         model[0].weight[:, 1] = 0
-    new = calibrate(model, original, [images])
+    few = (torch.randn(64, 8) @ images[:8].flatten(1)).view(64, 3, 16, 16)
+    new = calibrate(model, original, [few], ridge=1e-6)
     assert new.calibration_report.layers[-1].samples == 48
-    fitted = images[torch.arange(64) % 4 != 3]
-    assert error(new, original, fitted) < 0.5 * error(model, original, fitted)
-    assert error(new, original, images[3::4]) <= error(model, original, images[3::4])
+    assert error(new, original, few[3::4]) < 0.05 * error(model, original, few[3::4])
 
 
 def _calibrate_half(rank, folder, images):
@@ -147,17 +147,16 @@ def test_two_processes_come_to_the_same(images, unseen, tmp_path):
     assert error(model, original, unseen) == pytest.approx(error(alone, original, unseen), rel=0.1)
 
 
-@pytest.mark.parametrize('name, sums', [('test_resnet', 4), ('test_efficientnet', 2), ('test_convnext', None)])
+@pytest.mark.parametrize('name, sums', [('test_resnet', 4), ('test_efficientnet', 0), ('test_convnext', 0)])
 def test_networks_of_timm(name, sums):
-    """Shortcuts with a convolution of their own, computed between a branch and the sum; depthwise, linear, attention."""
+    """Shortcuts with a convolution, computed between a branch and the sum; depthwise, linear, attention."""
     torch.manual_seed(0)
     original = randomize_batchnorm(timm.create_model(name, num_classes=10)).eval()
     model = prune_kernels(original, amount=0.4)
     x = nn.functional.interpolate(torch.randn(32, 3, 8, 8), size=32, mode='bilinear')
     new = calibrate(model, original, [x], reestimate_bn=False)
     assert error(new, original, x[3::4]) < 0.9 * error(model, original, x[3::4])
-    if sums is not None:
-        assert [layer.aim for layer in new.calibration_report.layers].count('sum') == sums
+    assert [layer.aim for layer in new.calibration_report.layers].count('sum') == sums
 
 
 def test_frozen_layers_stay(images):

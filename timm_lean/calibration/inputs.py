@@ -121,7 +121,8 @@ def output_spectra(
         waiting[index][name] = covariance[0]
         if len(waiting[index]) == len(groups[index]):
             grams = waiting.pop(index)
-            rows = [model.get_submodule(n).weight.detach().double().flatten(1) for n in grams]  # type: ignore[union-attr]
+            convs: list[Any] = [model.get_submodule(n) for n in grams]
+            rows = [conv.weight.detach().double().flatten(1) for conv in convs]
             spectra[index] = torch.linalg.svdvals(whitened(list(grams.values()), rows)[0])
     if waiting:
         missing = next(name for index in waiting for name in groups[index] if name not in waiting[index])

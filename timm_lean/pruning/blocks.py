@@ -91,36 +91,177 @@ def remove_blocks(
     if len(given) != 1:
         raise LeanError(f'Block removal needs exactly one of count, blocks and ratio, got {given or "none"}.')
     if blocks is None and calibration is None:
-        raise LeanError(f'Block removal by {next(iter(given))} needs calibration=LOADER: blocks are ranked by what their '
-                        'removal does to images. Or name them: blocks=[...].')
+        raise LeanError(f'Block removal by {next(iter(given))} needs calibration=LOADER: blocks are ranked by what '
+                        'their removal does to images. Or name them: blocks=[...].')
     model = unwrap_model(model)
     batches = None if calibration is None else list(calibration)
-    images = None if batches is None else _some_images(model, batches)
-    x = images[:1] if images is not None else _example(model)
-    candidates = find_blocks(model, x)
-    names = [name for name in candidates if include is None or name in match_names(
-        include, candidates, 'Block removal', 'include', 'removable block')]
-    left_out = match_names(exclude, candidates, 'Block removal', 'exclude', 'removable block')
-    names = [name for name in names if name not in left_out]
-    wanted = _wanted(model, names, count, blocks, ratio)
+    images = _example(model) if batches is None else _some_images(model, batches)
+    names = _choose_from(model, images[:1], include, exclude)
+    order = None if blocks is None else _check_names(model, blocks, names)
+    amount = _amount(model, len(names), count if order is None else len(order), ratio)
     new = copy.deepcopy(model)
     removed: list[tuple[str, float | None, float | None]] = []
-    while len(removed) < (len(wanted) if blocks is not None else wanted[0]):
-        left = [name for name in names if name not in {done for done, *_ in removed}]
-        errors: dict[str, float] = {}
-        if images is not None:
-            choice = [wanted[len(removed)]] if blocks is not None else left
-            errors = _errors_without(new, model, choice, images)
-        name = wanted[len(removed)] if blocks is not None else min(errors, key=lambda n: errors[n])
-        change = None if images is None else _change(new, name, images)
-        _remove(new, [name])
+    for number in range(amount):
+        if batches is None:
+            assert order is not None
+            removed.append((order[number], None, None))
+        else:
+            gone = {name for name, *_ in removed}
+            choice = [name for name in names if name not in gone] if order is None else [order[number]]
+            removed.append(min(_effects(new, model, choice, images), key=lambda effect: effect[1]))
+        _remove(new, [removed[-1][0]])
         if batches is not None:
             new = calibrate(new, model, batches)
-        removed.append((name, errors.get(name), change))
     record_step(new, STEP, blocks=[name for name, *_ in removed])
-    before, after = (copy.deepcopy(network) for network in (model, new))
-    latency = measure_latency([before, after], [x.shape] * 2, x.device)
+    shape = images[:1].shape
+    before, after = measure_latency([copy.deepcopy(model), copy.deepcopy(new)], [shape, shape], images.device)
     report = BlockReport(
-        params=(count_params(model), count_params(new)), macs=(count_macs(model, x.shape), count_macs(new, x.shape)),
-        removed=tuple(removed), latency_ms=(1000 * latency[0].median, 1000 * latency[1].median))
+        params=(count_params(model), count_params(new)), macs=(count_macs(model, shape), count_macs(new, shape)),
+        removed=tuple(removed), latency_ms=(1000 * before.median, 1000 * after.median))
     return hand_over(new, report, 'Block removal')
+
+
+def find_blocks(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """Names of the residual blocks whose shortcut is their input itself, in the order of the network.
+
+    Args:
+        model: Any network.
+        x: An image `[1, C, H, W]` on its device.
+    """
+    mode = _Shortcuts()
+    handles = []
+    for name, module in model.named_modules():
+        if name and any(True for _ in module.children()):
+            handles += [module.register_forward_pre_hook(mode.enter(name)), module.register_forward_hook(mode.leave)]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), mode:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training:
+            module.training = flag
+    return mode.found
+
+
+class _Shortcuts(TorchFunctionMode):
+    """Notes the innermost modules that add their own input to something and return its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside: list[list[Any]] = []  # name, input, whether the input was added
+
+    def enter(self, name: str) -> Any:
+        return lambda module, args: self._inside.append([name, args[0] if args else None, False])
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        name, x, added = self._inside.pop()
+        if added and isinstance(out, torch.Tensor) and out.shape == x.shape and name not in self.found:
+            self.found.append(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, '__name__', '') in _ADDITIONS and len(args) == 2:
+            for block in reversed(self._inside):
+                if any(arg is block[1] for arg in args):
+                    block[2] = True
+                    break
+        return func(*args, **(kwargs or {}))
+
+
+@register_step(STEP)
+def _remove(model: nn.Module, blocks: list[str]) -> nn.Module:
+    """Put the identity in the place of blocks."""
+    modules = dict(model.named_modules())
+    for name in blocks:
+        if name not in modules or not name or isinstance(modules[name], nn.Identity):
+            raise LeanError(f'The step {STEP!r} removes {str(name)[:100]!r}, and {type(model).__name__} has no such '
+                            'block.')
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, nn.Identity())
+    return model
+
+
+def _choose_from(model: nn.Module, x: torch.Tensor, include: Patterns, exclude: Patterns) -> list[str]:
+    names = find_blocks(model, x)
+    if not names:
+        raise LeanError(f'{type(model).__name__} has no residual block whose input and output have one shape: no block '
+                        'can be removed.')
+    what = 'Block removal', 'removable block'
+    wanted = match_names(include, names, what[0], 'include', what[1]) if include is not None else set(names)
+    unwanted = match_names(exclude, names, what[0], 'exclude', what[1])
+    return [name for name in names if name in wanted and name not in unwanted]
+
+
+def _check_names(model: nn.Module, blocks: Sequence[str], names: list[str]) -> list[str]:
+    for name in blocks:
+        if name not in names:
+            raise LeanError(f'{type(model).__name__} has no removable block {name!r}. There are: '
+                            f'{some_names(names) or "none"}.')
+    if len(set(blocks)) < len(blocks):
+        raise LeanError(f'blocks names one twice: {", ".join(blocks)}.')
+    return list(blocks)
+
+
+def _amount(model: nn.Module, there: int, count: int | None, ratio: float | None) -> int:
+    if ratio is not None:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise LeanError(f'ratio must be a share of the blocks above 0 and at most 1, got {ratio!r}.')
+        count = max(round(ratio * there), 1)
+    if type(count) is not int or count < 1:
+        raise LeanError(f'Block removal needs at least one block to remove, got {count!r}.')
+    if count > there:
+        raise LeanError(f'{type(model).__name__} has {there} blocks that could go, got {count} to remove.')
+    return count
+
+
+def _example(model: nn.Module) -> torch.Tensor:
+    return torch.zeros(1, *get_model_input_config(model)['input_size'], device=next(model.parameters()).device)
+
+
+def _some_images(model: nn.Module, batches: list[Any]) -> torch.Tensor:
+    """The first calibration images, `[N, C, H, W]`, as many as a ranking needs."""
+    images: list[torch.Tensor] = []
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, torch.Tensor) or x.ndim != 4:
+            raise LeanError('Block removal needs batches of images [B, C, H, W], or tuples that start with them, got '
+                            f'{type(x).__name__}.')
+        images.append(x)
+        if sum(len(x) for x in images) >= _RANKING_IMAGES or images[0].shape[1:] != x.shape[1:]:
+            break
+    if not images:
+        raise LeanError('Block removal got no calibration images.')
+    same = [x for x in images if x.shape[1:] == images[0].shape[1:]]
+    return torch.cat(same)[:_RANKING_IMAGES].to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def _effects(
+        new: nn.Module, original: nn.Module, names: list[str], images: torch.Tensor,
+) -> list[tuple[str, float, float]]:
+    """Each block's name, the relative error of the output without it, and how much it changes its input."""
+    changes: dict[str, float] = {}
+
+    def measure(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+            changes[name] = float((out - args[0]).norm() / args[0].norm().clamp_min(1e-30))
+        return hook
+
+    truth = copy.deepcopy(original).eval()(images)
+    trial = copy.deepcopy(new).eval()
+    handles = [trial.get_submodule(name).register_forward_hook(measure(name)) for name in names]
+    trial(images)
+    for handle in handles:
+        handle.remove()
+    effects = []
+    for name in names:
+        block = trial.get_submodule(name)
+        _remove(trial, [name])
+        error = float((trial(images) - truth).norm() / truth.norm().clamp_min(1e-30))
+        effects.append((name, error, changes[name]))
+        parent, _, leaf = name.rpartition('.')
+        setattr(trial.get_submodule(parent), leaf, block)
+    return effects
