@@ -23,8 +23,9 @@ from timm_lean.errors import CheckpointError, LeanError
 from .backbone import TimmBackbone
 from .channels import resolve_channels
 from .settings import open_config, parse_config
+from .skeleton import check_work, misfit, tied_names
 from .trust import check_config, registered_only
-from .weights import DETECTOR_KEY, FORMAT_VERSION, detector_header, load_from_safetensors
+from .weights import DETECTOR_KEY, FORMAT_VERSION, detector_header, load_from_safetensors, tensor_shapes
 
 __all__ = ['build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'save_detector']
 
@@ -124,6 +125,7 @@ def load_detector(
     cfg = check_config(parse_config(text, name), name, trust_imports)
     try:
         with registered_only():
+            check_work(build_detector, cfg, tensor_shapes(weights), str(source))
             model: Any = build_detector(cfg)
         load_strictly(model, weights)
     except CheckpointError:
@@ -173,17 +175,13 @@ def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[st
     if isinstance(getattr(model, 'backbone', None), TimmBackbone):
         model.backbone.adopt_names(given, 'backbone.')  # type: ignore[union-attr, operator]
     own = get_state_dict(model)
-    missing = [k for k in own if k.startswith(part) and k not in given and not k.endswith('num_batches_tracked')]
-    unexpected = [k for k in given if k.startswith(part) and k not in own and k not in _tied_names(model)]
-    wrong = [k for k in own if k in given and given[k].shape != own[k].shape]
-    reported = [f'{k} {list(given[k].shape)} instead of {list(own[k].shape)}' for k in wrong if k.startswith(part)]
-    found = '; '.join(
-        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
-        for label, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', reported)) if keys)
+    found = misfit({k: tuple(v.shape) for k, v in own.items()}, {k: tuple(v.shape) for k, v in given.items()},
+                   tied_names(model), part)
     if found:
         raise CheckpointError(f'{path} is the checkpoint of another detector than the config describes: {found}. '
                               'Give the config it was trained with, or another checkpoint.')
-    model.load_state_dict({k: v for k, v in given.items() if k not in wrong}, strict=False)
+    model.load_state_dict(
+        {k: v for k, v in given.items() if k not in own or v.shape == own[k].shape}, strict=False)
     return checkpoint
 
 
@@ -197,11 +195,6 @@ def _load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'The checkpoint {path} does not exist.') from e
     except Exception as e:  # pickle and zip errors of all kinds
         raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names under which modules used in several places could be written too."""
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _self_contained(cfg: Config, model: nn.Module) -> Config:

@@ -3,7 +3,6 @@
 Importing this file registers a loader with MMEngine, so that `load_from=`, `resume`'s checkpoints aside, `init_cfg`,
 `init_detector` and `load_checkpoint` take `.safetensors` files.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
 from timm_lean.checkpoint.format import read_recipe
+from timm_lean.checkpoint.limits import check_header_size, parse_entry
 from timm_lean.checkpoint.packing import packed_shapes, unpack
 from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.errors import CheckpointError
 
 from .trust import check_recipe
 
-__all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights']
+__all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights', 'tensor_shapes']
 
 DETECTOR_KEY = 'timm_lean_detector'
 FORMAT_VERSION = 1
@@ -109,13 +109,10 @@ def detector_header(path: str | Path) -> dict[str, Any]:
         CheckpointError: The file is damaged or something else.
     """
     metadata, _ = _read(path, tensors=False)
-    try:
-        header = json.loads(metadata[DETECTOR_KEY])
-    except KeyError:
+    if DETECTOR_KEY not in metadata:
         raise CheckpointError(f'{path} was not written by SafetensorsHook or export_detector: it does not say which '
-                              'detector it holds.') from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f'{path} has a damaged header: {e}') from e
+                              'detector it holds.')
+    header = parse_entry(metadata[DETECTOR_KEY], f'The header of {path}')
     if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
         raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION}. '
@@ -125,6 +122,21 @@ def detector_header(path: str | Path) -> dict[str, Any]:
     if isinstance(palette, list):  # JSON has no tuples, and MMDetection draws in colours that are tuples only
         header['metainfo']['palette'] = [tuple(colour) for colour in palette]
     return header
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a detector's tensors, tied ones under all their names; none of them is read.
+
+    Raises:
+        CheckpointError: The file is damaged or something else.
+    """
+    header = detector_header(path)
+    with safe_open(path, framework='pt') as f:
+        shapes = packed_shapes(
+            {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, header.get('packed', {}))  # noqa: SIM118
+    if lost := [name for name in header['aliases'].values() if name not in shapes]:
+        raise CheckpointError(f'{path} has a damaged header: {lost[0]} has another name, but is missing.')
+    return shapes | {alias: shapes[name] for alias, name in header['aliases'].items()}
 
 
 def _check_entries(header: dict[str, Any], path: str) -> None:
@@ -163,6 +175,7 @@ def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist.')
     try:
+        check_header_size(path)
         with safe_open(path, framework='pt') as f:
             metadata = f.metadata() or {}
             header = detector_header(path) if tensors and DETECTOR_KEY in metadata else {}

@@ -1,0 +1,85 @@
+"""A detector is first built without memory for its tensors, to see that it is the one a file holds.
+
+A config of a few kilobytes can ask for a head of 20,000 convolutions, or for one of a terabyte. On the device `meta`
+either costs modules and calls alone, which `checkpoint/limits.py` counts; only what then has exactly the tensors of the
+file is built for good.
+"""
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.runner import get_state_dict
+from torch.overrides import TorchFunctionMode
+
+from timm_lean.checkpoint.limits import Work, check_tensors, limited
+from timm_lean.errors import CheckpointError
+
+__all__ = ['check_work', 'misfit', 'tied_names']
+
+# Bytes while building beyond those of the file's tensors: a backbone is built up to four times, and one that was cut
+# starts as the whole network.
+_TIMES, _SLACK = 8, 200 * 2 ** 20
+
+
+def check_work(
+        build: Callable[[Config], nn.Module], cfg: Config, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Build a config's detector as a skeleton and compare it with the tensors of a file.
+
+    Args:
+        build: Builds the detector of a config, `build_detector`.
+        cfg: Checked by `trust.check_config`.
+        shapes: Of the file's tensors.
+        source: The file, for messages.
+
+    Raises:
+        CheckpointError: It takes more work than these tensors justify, or has others.
+    """
+    check_tensors(shapes)
+    with limited(shapes) as work, torch.device('meta'), _Ramps():
+        model = build(copy.deepcopy(cfg))  # some constructors take their settings apart
+    _check_bytes(work, shapes, source)
+    if found := misfit({k: tuple(v.shape) for k, v in get_state_dict(model).items()}, shapes, tied_names(model)):
+        raise CheckpointError(f'{source} does not hold the detector its config describes: {found}.')
+
+
+def misfit(
+        own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], tied: set[str], part: str = '',
+) -> str:
+    """What does not fit between a detector's tensors and those of a checkpoint, by shapes; '' if all does.
+
+    Args:
+        own: Of the detector.
+        given: Of the checkpoint.
+        tied: Further names of the detector's tensors, which a checkpoint may have too.
+        part: Compare only the names that start with this.
+    """
+    missing = [k for k in own if k.startswith(part) and k not in given and not k.endswith('num_batches_tracked')]
+    unexpected = [k for k in given if k.startswith(part) and k not in own and k not in tied]
+    wrong = [f'{k} {list(given[k])} instead of {list(own[k])}'
+             for k in own if k.startswith(part) and k in given and given[k] != own[k]]
+    return '; '.join(
+        f'{label} {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+        for label, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', wrong)) if keys)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names under which modules used in several places could be written too."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+class _Ramps(TorchFunctionMode):
+    """Rates that grow from block to block get values on every device: constructors read them as numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {**(kwargs or {}), 'device': 'cpu'} if func is torch.linspace else kwargs or {}
+        return func(*args, **kwargs)
+
+
+def _check_bytes(work: Work, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    if work.bytes > _TIMES * size + _SLACK:
+        raise CheckpointError(f'{source}: building the detector would take {work.bytes >> 20:,} MB beside '
+                              f'{size >> 20:,} MB of tensors; the file is damaged.')
