@@ -10,6 +10,7 @@ from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
 from timm_lean.calibration import calibrate, output_scores, output_spectra
+from timm_lean.calibration.layers import LinearMap
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
 from timm_lean.models.resnet_cifar import CifarResNet
@@ -265,6 +266,47 @@ def test_poor_images_do_no_harm(batch):
     model = pruned(original)
     report = calibrate(model, original, [batch]).calibration_report
     assert report.after <= report.before
+
+
+def test_images_of_two_sizes_and_a_network_that_takes_one(images):
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    with pytest.raises(LeanError, match=r'does not take the calibration images.*3, 12, 12'):
+        calibrate(original, original, [images[:8], images[:8, :, :12, :12]])
+    original = network()
+    assert calibrate(pruned(original), original, [images, images[:8, :, :12, :12]]).calibration_report.rounds == 1
+
+
+def test_too_little_memory(images, monkeypatch):
+    original = network()
+
+    def full(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    monkeypatch.setattr(LinearMap, 'inputs', full)
+    with pytest.raises(LeanError, match=r'memory_limit=4e\+09 bytes.*lower it'):
+        calibrate(pruned(original), original, [images])
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.a(x)) + self.norm(self.b(x.relu())) + self.c(x)
+
+
+def test_tied_weights_and_a_batch_norm_of_two_layers_stay(images):
+    original = Tied().eval()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.c.weight[:, 0] = 0
+        model.a.weight[:, 0] = 0
+    new = calibrate(model, original, [images], reestimate_bn=False)
+    assert new.a.weight is new.b.weight and torch.equal(new.a.weight, model.a.weight)
+    assert torch.equal(new.norm.running_mean, model.norm.running_mean)
+    assert error(new, original, images) < error(model, original, images)
 
 
 def test_another_original(images):

@@ -1,4 +1,5 @@
 """`calibrate`: the order in which layers are fitted, and the guards that keep what does not help out."""
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -60,13 +61,20 @@ def calibrate(
         A new network in the mode of the given one, with `.calibration_report`.
 
     Raises:
-        LeanError: No images or unusable ones, or an original that is not the network's.
+        LeanError: No images or unusable ones, an original that is not the network's, lost channels without `kept`, or
+            too little memory.
     """
     chunks = load_chunks(batches)
     new = deepcopy(model)
-    with evaluation(original, new):
-        _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, memory_limit, progress).run(
-            rounds, reestimate_bn)
+    try:
+        with evaluation(original, new):
+            _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, memory_limit, progress).run(
+                rounds, reestimate_bn)
+    except (RuntimeError, MemoryError) as e:  # torch's errors of both kinds of memory are RuntimeErrors
+        if isinstance(e, MemoryError) or any(text in str(e) for text in ('out of memory', "can't allocate memory")):
+            raise LeanError(f'Calibration ran out of memory with memory_limit={memory_limit:g} bytes for activations: '
+                            'lower it, or give fewer images.') from e
+        raise
     return new
 
 
@@ -84,11 +92,17 @@ class _Calibration:
         inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
         self.names = [name for name in self.names if not name.startswith(tuple(inside))]
         self._check()
+        uses = Counter(id(p) for module in new.modules() for p in module.parameters(recurse=False))
+        # one weight in two layers has no one right value; shared bases are fitted as such
+        self.tied = {name for name in self.names if any(
+            uses[id(p)] > 1 for p in new.get_submodule(name).parameters(recurse=False))}
         image = chunks[0].images[:1].to(self.device)
         try:
             self.survey, self.survey0 = (Survey().run(network, self.names, image) for network in (new, original))
+            self.truth = self._outputs(original)
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-            raise LeanError(f'{type(new).__name__} does not take the calibration images {list(image.shape[1:])}: '
+            sizes = sorted({tuple(chunk.images.shape[1:]) for chunk in chunks})
+            raise LeanError(f'{type(new).__name__} does not take the calibration images {str(sizes)[1:-1]}: '
                             f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
         self.joins = self.survey.joins.keys() & self.survey0.joins.keys()
         self.norms = _by_running_mean(new), _by_running_mean(original)
@@ -97,9 +111,8 @@ class _Calibration:
         report = CalibrationReport()
         report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
         report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
-        self.truth = self._outputs(self.original)
         report.before = report.after = self._output_error()
-        groups = find_groups(self.new, self.original, self.names)
+        groups = find_groups(self.new, self.original, [name for name in self.names if name in self.survey.counts])
         best = _state(self.new)
         for number in range(rounds if groups else 1):
             fits: list[LayerFit] = []
@@ -146,8 +159,10 @@ class _Calibration:
         """Fit one layer, with all passes standing at it."""
         norm, norm0 = (norms.get(id(survey.norms.get(name))) for norms, survey in zip(
             self.norms, (self.survey, self.survey0), strict=True))
-        layer = linear_map(self.new.get_submodule(name), norm if norm0 is not None else None)
-        if layer is None:
+        if norm is None or norm0 is None:
+            norm = norm0 = None
+        layer = linear_map(self.new.get_submodule(name), norm)
+        if layer is None or name in self.tied:
             return None
         calls = self.survey.counts[name]
         both: list[Moments] = []
@@ -301,7 +316,8 @@ def _through_norms(y: torch.Tensor, norm0: nn.Module, norm: nn.Module, channels:
 def _by_running_mean(model: nn.Module) -> dict[int, nn.Module]:
     """Batch norms that may be changed, by the identity of their running mean."""
     return {id(m.running_mean): m for m in model.modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None}
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+            and all(p.requires_grad for p in m.parameters())}
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ A layer at the end of a residual branch pauses where its output is added (`Join`
 """
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -185,7 +186,7 @@ class Survey:
         order: Layers and, of those whose output is added, the additions: `(layer, joined)`.
         counts: How often each layer is called.
         joins: The addition that each layer's output reaches.
-        norms: `running_mean` of the batch norm that alone reads a layer's output.
+        norms: `running_mean` of the batch norm that alone reads a layer's output, and reads nothing else.
     """
 
     def __init__(self) -> None:
@@ -211,6 +212,8 @@ class Survey:
         for name in self._spoiled:
             self.joins.pop(name, None)
             self.norms.pop(name, None)
+        readers = Counter(id(mean) for mean in self.norms.values())
+        self.norms = {name: mean for name, mean in self.norms.items() if readers[id(mean)] == 1}
         # of two layers that meet at one addition, the one computed first aims at it
         place = {name: i for i, (name, joined) in enumerate(self.order) if not joined}
         for name, partner in self._partners.items():
