@@ -112,12 +112,12 @@ class Moments:
         exact = diagonal.shape[1] <= _EXACT_SIZE
         dtype = torch.float64 if exact else torch.float32
         operator = self._operator(dtype)
+        limits = (tolerance, 4 * _MAX_STEPS) if exact else (1e-3, _MAX_STEPS)
         change, right = torch.zeros_like(self.cross), self.cross
         for refinement in range(1 if exact else _REFINEMENTS):
             if refinement:
                 right = self.cross - self.apply(change) - penalty[:, None] * change
-            step = solve_change(operator, right.to(dtype), diagonal.to(dtype), penalty.to(dtype), free,
-                                tolerance=tolerance if exact else 1e-3, max_steps=4 * _MAX_STEPS if exact else _MAX_STEPS)
+            step = solve_change(operator, right.to(dtype), diagonal.to(dtype), penalty.to(dtype), free, *limits)
             change = change + step
         return change
 
