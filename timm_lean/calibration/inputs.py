@@ -1,8 +1,8 @@
 """What images excite in a network: second moments of its layers' inputs, and what follows from them.
 
-By how much a layer's output error grows when a kernel `w` (one output, one input channel) goes and the other weights of
-its filter make up for it is `w^T ([H^-1]_cc)^-1 w`, `[H^-1]_cc` the kernel's block of the inverse of the covariance of
-what the filter sees: Hassibi & Stork 1993 (optimal brain surgeon), for blocks.
+By how much a layer's output error grows if a kernel `w` (one output, one input channel) goes is `w^T H_cc w`, `H_cc`
+the kernel's block of the covariance of what the filter sees. Layers differ in the energy of their outputs and in the
+number of their kernels, so each kernel is compared with the mean of its layer.
 """
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -74,7 +74,7 @@ def input_covariances(
 @torch.no_grad()
 def output_scores(
         model: nn.Module, names: Sequence[str], batches: Iterable[Any], **options: Any) -> dict[str, torch.Tensor]:
-    """By how much of its energy a layer's output error grows if a kernel goes and the others make up for it.
+    """By how much a layer's output error grows if a kernel goes, relative to the mean of the layer's kernels.
 
     Args:
         model: The network.
@@ -133,13 +133,10 @@ def output_spectra(
 def _scores(layer: Any, covariance: torch.Tensor) -> torch.Tensor:
     weight = layer.weight.detach().double().unflatten(0, (layer.groups, -1)).flatten(3)  # [groups, N, C, k]
     channels, size = weight.shape[2:]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-    blocks = inverse.unflatten(2, (channels, size)).unflatten(1, (channels, size))
+    blocks = covariance.unflatten(2, (channels, size)).unflatten(1, (channels, size))
     blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [groups, C, k, k]
-    increase = torch.einsum('gnck,gckl,gncl->gnc', weight, torch.linalg.inv(blocks), weight)
-    rows = weight.flatten(2)
-    energy = (rows @ covariance * rows).sum().clamp_min(1e-30)
-    return (increase / energy).flatten(0, 1)
+    increase = torch.einsum('gnck,gckl,gncl->gnc', weight, blocks, weight)
+    return (increase / increase.mean().clamp_min(1e-30)).flatten(0, 1)
 
 
 def _covariance(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -254,8 +254,8 @@ def prune_kernels(
     """Prune a model's kernels once. To prune while training, and for what the other options mean: `KernelPruner`.
 
     Args:
-        criterion: One of `spectral`'s, or 'output': by how much of its energy the output error of a layer grows if the
-            kernel goes and the others make up for it (`calibration.output_scores`).
+        criterion: One of `spectral`'s, or 'output': by how much the output error of a layer grows if the kernel goes,
+            relative to the layer's mean (`calibration.output_scores`).
         calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: the kernels that
             are left make up for those that went, see `calibrate`.
 
