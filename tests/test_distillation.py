@@ -174,7 +174,8 @@ def test_the_command_shares_and_distills(tmp_path, capsys):
     save_model(timm.create_model('resnet20_cifar', layers=[2, 2, 2]), tmp_path / 'd.safetensors')
     assert main([
         'share', str(tmp_path / 'd.safetensors'), '--params', '0.6', '-o', str(tmp_path / 's.safetensors'), '--data',
-        'digits', '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu']) == 0
+        'digits', '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu',
+        '--calibrate', '0']) == 0
     assert ['before', 'converted', 'fine-tuned'] in [line.split() for line in capsys.readouterr().out.splitlines()]
     assert load_model(tmp_path / 's.safetensors').lean_steps[0]['op'] == 'share'
     assert not list(tmp_path.glob('.*'))

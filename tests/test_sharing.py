@@ -291,7 +291,8 @@ def small_file(tmp_path_factory) -> str:
 def test_command(small_file, tmp_path, capsys):
     out = tmp_path / 'shared.safetensors'
     assert main(['share', small_file, '--params', '0.6', '--bn', '-o', str(out), '--data', 'digits',
-                 '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu']) == 0
+                 '--img-size', '8', '--workers', '0', '--finetune-epochs', '1', '--distill', '--device', 'cpu',
+                 '--calibrate', '64']) == 0
     text = capsys.readouterr().out
     assert 'energy kept' in text and 'relative error of the output' in text and str(out) in text
     titles, = (line.split() for line in text.splitlines() if line.split()[:1] == ['before'])
@@ -307,6 +308,7 @@ def test_command(small_file, tmp_path, capsys):
 @pytest.mark.parametrize('options, message', [
     (['--params', '0.001'], 'out of reach'),
     (['--shared-rank', '4', '--bn'], '--bn needs training images'),
+    (['--shared-rank', '4', '--bn', '--data', 'digits', '--calibrate', '0'], '--bn needs training images'),
     (['--shared-rank', '4', '--finetune-epochs', '2'], '--finetune-epochs needs data'),
     (['--shared-rank', '4', '--distill'], '--distill is for fine-tuning'),
     (['--shared-rank', '4', '--finetune-lr', '0.1'], '--finetune-lr is for fine-tuning'),

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 __all__ = [
-    'add_data', 'add_finetuning', 'add_json', 'add_layers', 'add_model', 'add_training', 'add_weights', 'given',
+    'add_calibration', 'add_data', 'add_finetuning', 'add_json', 'add_layers', 'add_model', 'add_training',
+    'add_weights', 'given',
 ]
 
 MODEL = 'timm name, checkpoint file or local-dir:DIR'
@@ -49,6 +50,12 @@ def add_data(p: argparse._ActionsContainer, folder: str = 'folder with val/ or t
     p.add_argument('--batch-size', type=int, metavar='N', help='images per batch and process (default 128)')
     p.add_argument('--workers', type=int, metavar='N', help='data loading processes (default 2)')
     p.add_argument('--device', help='auto (default), cpu, cuda, cuda:N, ...')
+
+
+def add_calibration(p: argparse.ArgumentParser) -> None:
+    """Training images by which a changed network is repaired at once, see `timm_lean.calibration`."""
+    p.add_argument('--calibrate', type=int, metavar='N',
+                   help='repair the result at once by N training images without labels (default 512 with data, 0: not)')
 
 
 def add_finetuning(p: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The way of `prune` and `share`: open, change, save, train a little further, and compare what was with what is."""
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from .arguments import given
 from .opening import data_options, finish, open_model, progress
 
 __all__ = ['change_network']
+
+_CALIBRATION_IMAGES = 512
 
 
 @dataclass
@@ -26,15 +29,16 @@ class _Figures:
 def change_network(
         args: argparse.Namespace,
         title: str,
-        change: Callable[[Any, Any], Any],
+        change: Callable[[Any, Any, Any], Any],
         check: Callable[[Any], None] = lambda model: None,
 ) -> None:
     """Run a command that changes the structure of a network.
 
     Args:
-        args: Those of `add_model`, `add_finetuning` and `add_json`, and `output`.
+        args: Those of `add_model`, `add_calibration`, `add_finetuning` and `add_json`, and `output`.
         title: What the changed network is called in the table.
-        change: `(network, example images [1, C, H, W])` to a new network, with a `lean_report`.
+        change: `(network, example images [1, C, H, W], batches to calibrate with or None)` to a new network, with a
+            `lean_report`.
         check: Called with the network before any work is done.
 
     Raises:
@@ -51,12 +55,17 @@ def change_network(
     tuning = _finetuning(args)
     model = open_model(args)
     check(model)
+    images = _calibration_images(args, model, options)
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     with progress(args):
         columns = {'before': _figures(args, model, x, Path(args.model), options)}
-        new = change(model, x)
+        device = 'cpu' if images is None else options['device']
+        new = change(model.to(device), x.to(device), images).cpu()
+        model.cpu()
         if not args.json:
             print(new.lean_report, flush=True)
+            if images is not None:
+                print(new.calibration_report.summary, flush=True)
         save_model(new, output)
         columns[title] = _figures(args, new, x, output, options)
         if tuning:
@@ -67,8 +76,31 @@ def change_network(
                 finetune(output, **tuning)
             columns['fine-tuned'] = _figures(args, load_any(str(output)), x, output, options)
     result = {'output': str(output), 'report': new.lean_report.to_dict(),
+              **({} if images is None else {'calibration': new.calibration_report.to_dict()}),
               **{name: vars(figures) for name, figures in columns.items()}}
     finish(args, result, f'{_table(columns)}\n{output}')
+
+
+def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Any:
+    """Batches of training images on the device of the command; None without data or with `--calibrate 0`."""
+    from timm_lean.errors import LeanError
+    from timm_lean.training.data import open_eval_loader
+    number = args.calibrate
+    if number is not None and number < 0:
+        raise LeanError(f'--calibrate must be a number of images of at least 0, got {number}.')
+    if not (args.data or args.data_dir):
+        if number:
+            raise LeanError('--calibrate needs training images: --data-dir DIR, or --data digits.')
+        return None
+    if number == 0:
+        return None
+    try:
+        return open_eval_loader(model, **options, split='train', limit=number or _CALIBRATION_IMAGES)
+    except LeanError as e:
+        if number is not None or args.finetune_epochs:
+            raise
+        print(f'not calibrated: {e}', file=sys.stderr)
+        return None
 
 
 def _finetuning(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,22 +1,27 @@
-"""`timm-lean prune`: prune a network's kernels or channels, and say what it cost and saved; detectors by channels."""
+"""`timm-lean prune`: take kernels, channels or blocks out of a network, and say what that cost and saved.
+
+Detectors lose channels.
+"""
 import argparse
 from typing import Any
 
-from .arguments import add_finetuning, add_json, add_layers, add_model, given
+from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, given
 from .changing import change_network
 from .opening import finish, is_detector, progress
 
-HELP = 'prune the kernels or channels of a network'
+HELP = 'prune the kernels, channels or blocks of a network'
 
 _KERNEL = ('threshold', 'amount', 'contrib', 'scope', 'min_keep')
 _CHANNEL = ('ratio', 'global_pruning', 'round_to')
+_BLOCK = ('ratio', 'count', 'blocks')
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     add_model(p, 'timm name, checkpoint file, local-dir:DIR, or a detector')
     p.add_argument('-o', '--output', required=True, metavar='FILE', help='the pruned checkpoint')
-    p.add_argument('--criterion', help='spectral_norm if not given; any other prints the list')
-    p.add_argument('--granularity', choices=['kernel', 'channel'], default='kernel')
+    p.add_argument('--criterion',
+                   help="spectral_norm if not given; 'output' goes by images; any other prints the list")
+    p.add_argument('--granularity', choices=['kernel', 'channel', 'block'], default='kernel')
     p.add_argument('--again', action='store_true', help='prune a model that has been pruned before')
     add_layers(p)
     add_json(p)
@@ -29,10 +34,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     kernels.add_argument('--compact', action='store_true', help='remove filters and channels that are all dead')
     kernels.add_argument('--plot', metavar='FILE', help='picture of the pruned share per layer')
     channels = p.add_argument_group('channels (--granularity channel)')
-    channels.add_argument('--ratio', type=float, metavar='SHARE', help='of the channels to remove (default 0.5)')
+    channels.add_argument('--ratio', type=float, metavar='SHARE', help='to remove (default 0.5); of the blocks too')
     channels.add_argument('--global', action='store_const', const=True, dest='global_pruning',
                           help='rank all layers together')
     channels.add_argument('--round-to', type=int, metavar='N', help='keep multiples of N channels (default 8)')
+    blocks = p.add_argument_group('residual blocks (--granularity block; exactly one of count, blocks and ratio)')
+    blocks.add_argument('--count', type=int, metavar='N', help='the N blocks whose removal changes the output least')
+    blocks.add_argument('--blocks', nargs='+', metavar='NAME', help='these, e.g. layer3.1')
+    add_calibration(p)
     add_finetuning(p)
 
 
@@ -42,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_lean.measure.pictures import check_picture
     from timm_lean.pruning.spectral import check_criterion
     _check_granularity(args)
-    if args.criterion is not None:
+    if args.criterion not in (None, 'output'):
         check_criterion(args.criterion)
     if is_detector(args.model):
         _prune_detector(args)
@@ -55,16 +64,18 @@ def run(args: argparse.Namespace) -> None:
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
 
-    change_network(args, 'pruned', lambda model, x: _pruned(args, model, x), check)
+    change_network(args, 'pruned', lambda model, x, images: _pruned(args, model, x, images), check)
 
 
-def _pruned(args: argparse.Namespace, model: Any, x: Any) -> Any:
+def _pruned(args: argparse.Namespace, model: Any, x: Any, images: Any) -> Any:
     from timm_lean.measure.pictures import save_figure
-    from timm_lean.pruning import compact, prune_channels, prune_kernels
+    from timm_lean.pruning import compact, prune_channels, prune_kernels, remove_blocks
     if args.granularity == 'channel':
-        return prune_channels(model, x, **_channel_options(args))
+        return prune_channels(model, x, calibration=images, **_channel_options(args))
+    if args.granularity == 'block':
+        return remove_blocks(model, calibration=images, **given(args, 'include', 'exclude', *_BLOCK))
     new: Any = prune_kernels(
-        model, again=args.again, **given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL))
+        model, again=args.again, calibration=images, **given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL))
     if args.plot:
         save_figure(new.lean_report.figure(), args.plot)
     if args.compact:
@@ -96,8 +107,10 @@ def _channel_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_granularity(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
-    other, names = ('kernel', (*_KERNEL, 'compact', 'plot')) if args.granularity == 'channel' else ('channel', _CHANNEL)
-    wrong = [f'--{name.removesuffix("_pruning").replace("_", "-")}' for name in names
-             if getattr(args, name) not in (None, False)]
-    if wrong:
-        raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {args.granularity}.')
+    flags = {'kernel': (*_KERNEL, 'compact', 'plot'), 'channel': _CHANNEL, 'block': _BLOCK}
+    own = flags[args.granularity] if args.granularity == 'block' else ('criterion', *flags[args.granularity])
+    for other, names in flags.items():
+        wrong = [f'--{name.removesuffix("_pruning").replace("_", "-")}' for name in ('criterion', *names)
+                 if name not in own and getattr(args, name) not in (None, False)]
+        if wrong:
+            raise LeanError(f'{", ".join(wrong)} belongs to --granularity {other}, not {args.granularity}.')

@@ -2,13 +2,10 @@
 import argparse
 from typing import Any
 
-from .arguments import add_finetuning, add_json, add_layers, add_model, given
+from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, given
 from .changing import change_network
-from .opening import data_options
 
 HELP = 'convert a model to shared filter bases, from its own weights'
-
-_CALIBRATION_IMAGES = 1024
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -25,26 +22,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--stages', type=int, nargs='+', metavar='N', help="as timm's feature levels; all if not given")
     add_layers(p)
     add_json(p)
+    add_calibration(p)
     add_finetuning(p)
 
 
 def run(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
     from timm_lean.sharing import share
-    if args.bn and not (args.data or args.data_dir):
-        raise LeanError('--bn needs training images for the statistics: --data-dir DIR, or --data digits.')
+    if args.bn and (args.calibrate == 0 or not (args.data or args.data_dir)):
+        raise LeanError('--bn needs training images for the statistics: --data-dir DIR or --data digits, without '
+                        '--calibrate 0.')
 
-    def convert(model: Any, x: Any) -> Any:
+    def convert(model: Any, x: Any, images: Any) -> Any:
         options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude')
-        if args.bn:
-            options.update(bn=True, calibration=_training_images(args, model))
-        return share(model, example_input=x, **options)
+        return share(model, example_input=x, bn=args.bn, calibration=images, **options)
 
     change_network(args, 'converted', convert)
-
-
-def _training_images(args: argparse.Namespace, model: Any) -> Any:
-    """Images for the statistics of batch norms, on the CPU."""
-    from timm_lean.training.data import open_eval_loader
-    return open_eval_loader(
-        model, **{**data_options(args), 'device': 'cpu'}, split='train', limit=_CALIBRATION_IMAGES)

@@ -53,7 +53,11 @@ class CalibrationReport:
         lines = [f'{"layer":{width}}  aim     samples  error before   after']
         lines += [f'{la.name:{width}}  {la.aim:6}  {la.samples:7,}  {la.before:12.4f}  {la.after:6.4f}'
                   for la in self.layers]
-        lines.append(f'error of the output on {self.held_out:,} held-out images {self.before:.4f} -> {self.after:.4f}; '
-                     f'{self.images:,} images, {self.rounds} rounds, batch norms '
-                     f'{"measured anew" if self.reestimated else "as they were"}')
-        return '\n'.join(lines)
+        return '\n'.join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return (f'error of the output on {self.held_out:,} held-out images {self.before:.4f} -> {self.after:.4f}; '
+                f'{self.images:,} images, {self.rounds} rounds, batch norms '
+                f'{"measured anew" if self.reestimated else "as they were"}')
