@@ -334,9 +334,12 @@ def test_bad_input(kwargs, words):
 
 
 @pytest.mark.slow
-def test_grouped_layers_that_read_concatenated_channels_end_clearly():
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize('name', ['nextvit_small', 'lambda_resnet26t'])
+def test_code_that_folds_channels_ends_clearly(name):
+    """The one concatenates them before grouped layers, the other reshapes them to and fro, which once never ended."""
     with pytest.raises(LeanError, match='code fixes them'):
-        prune_channels(model_of('nextvit_small'), image())
+        prune_channels(model_of(name), image())
 
 
 def test_groups_are_torch_prunings_own():

@@ -92,7 +92,7 @@ def test_resuming_ends_at_the_same_weights(tmp_path):
     ([hook(amount=0.5), hook(threshold=1e-4)], 'twice'),
     ([hook(amount=0.5, target='spine')], "has no 'spine'.*backbone"),
     ([hook(criterion='eigen', amount=0.5)], 'Unknown pruning criterion'),
-    ([hook()], 'exactly one of'),
+    ([hook()], "no kernel in target='backbone' is zero.*exactly one of"),
     ([hook(amount=1.)], 'at least 0 and below 1'),
     ([hook(amount=0.5, begin=2)], 'does not fit into the 2 epochs'),
     ([hook(amount=0.5, sparsity=1)], 'sparsity'),
@@ -114,6 +114,20 @@ def test_a_pruned_detector_is_pruned_further_only_on_request(tmp_path):
     with pytest.raises(LeanError, match='pruned before'):
         again()
     assert zero_share(again(again=True).model) == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize('hooks, share', [([hook()], 0.5), ([], 0.)])
+def test_a_pruned_detector_trains_with_its_zeros(tmp_path, caplog, hooks, share):
+    """By a hook without a rule; with none at all they come to life, and the file's writer says so."""
+    trained(config(tmp_path, hook(amount=0.5), epochs=1))
+    cfg = config(tmp_path / 'tuned', *hooks, dict(type='EMAHook', momentum=0.5), epochs=1)
+    cfg.model.backbone = dict(
+        type='timm_lean.TimmBackbone', checkpoint=str(tmp_path / 'run' / 'last.safetensors'), out_indices=(2, 3, 4))
+    cfg.optim_wrapper.optimizer.weight_decay = 0.1  # so that kernels without a gradient come to life too
+    tuned = trained(cfg)
+    found = [zero_share(model) for model in (tuned.model, load_detector(tmp_path / 'tuned' / 'run' / 'last.safetensors'))]
+    assert found == pytest.approx([share] * 2, abs=0.01)
+    assert ('training revived them' in caplog.text) == (not hooks)
 
 
 def test_the_best_is_as_small_as_the_last(tmp_path):

@@ -30,7 +30,8 @@ from .pretrained_cfg import clean_pretrained_cfg
 from .recipe import LEAN_ENTRY, Recipe, build, has_step, recipe_of
 
 __all__ = [
-    'load_any', 'load_model', 'read_header', 'read_recipe', 'save_hf_dir', 'save_model', 'set_head']
+    'load_any', 'load_model', 'read_header', 'read_recipe', 'save_hf_dir', 'save_model', 'set_head',
+    'warn_of_lost_zeros']
 
 FORMAT_VERSION = 1
 _logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         raise CheckpointError(str(e)) from e
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     skeleton(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
-    _warn_of_lost_zeros(recipe, tensors)
+    warn_of_lost_zeros(recipe.steps, tensors)
     cfg = filter_pretrained_cfg(
         {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
         remove_source=True, remove_null=True)
@@ -84,14 +85,14 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
 
-def _warn_of_lost_zeros(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> None:
+def warn_of_lost_zeros(steps: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
     """Say that training has revived pruned kernels; folding and sharing fill them in on purpose."""
-    steps = [step['op'] for step in recipe.steps]
-    if _PRUNED_STEP not in steps or {'fold', 'share'} & set(steps[steps.index(_PRUNED_STEP):]):
+    names = [step['op'] for step in steps]
+    if _PRUNED_STEP not in names or {'fold', 'share'} & set(names[names.index(_PRUNED_STEP):]):
         return
     if not any(bool((t == 0).flatten(2).all(2).any()) for t in tensors.values() if t.ndim == 4):
         _logger.warning('The kernels of this model were pruned, and none of them is zero any more: training revived '
-                        'them. Keep them by timm_lean.keep_zeros(model, optimizer).')
+                        'them. Keep them by timm_lean.keep_zeros(model, optimizer), in MMDetection by KernelPruningHook.')
 
 
 def load_model(

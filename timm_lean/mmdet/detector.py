@@ -17,6 +17,7 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import save_file
 
 from timm_lean.checkpoint.files import atomic_dir, atomic_file
+from timm_lean.checkpoint.format import warn_of_lost_zeros
 from timm_lean.checkpoint.packing import pack
 from timm_lean.errors import CheckpointError, LeanError
 
@@ -60,6 +61,7 @@ def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any])
         header: What `describe` gave, and more if wanted.
     """
     tensors, aliases = _untied(get_state_dict(model))
+    warn_of_lost_zeros((header['backbone'] or {}).get('steps', []), tensors)
     tensors, packed = pack(tensors)
     text = json.dumps({**header, 'aliases': aliases, **({'packed': packed} if packed else {})})
     with atomic_file(path) as temporary:

@@ -1,8 +1,7 @@
 """Channel pruning of a trained detector's backbone; the neck's input channels are cut with it.
 
 The backbone is pruned as the whole timm network it comes from (`timm_lean.pruning.prune_channels`), so that its recipe
-says the new sizes. Which channels stay is read off the batch norms: while pruning, their running means hold channel
-numbers.
+says the new sizes; the report says which channels stay.
 
 Limits: a feature level must end in a batch norm of its own channels (ResNet, MobileNet, RegNet kinds; not DenseNet).
 """
@@ -58,25 +57,18 @@ def prune_detector(
         raise LeanError(f'{source} has been pruned by channels before. If pruning it again is meant, say --again.')
     full = build(recipe).eval()
     copy_weights(old.backbone.net, full)
-    means = {name: m.running_mean.clone() for name, m in _norms(full)}
-    for _, norm in _norms(full):
-        norm.running_mean.copy_(torch.arange(len(norm.running_mean)))
-    pruned = prune_channels(full, torch.zeros(1, 3, image_size, image_size), criterion=criterion,
-                            pruning_ratio=pruning_ratio, **kwargs)
-    kept = {name: m.running_mean.round().long() for name, m in _norms(pruned)}
-    for name, norm in _norms(pruned):
-        norm.running_mean = means[name][kept[name]]
+    pruned: Any = prune_channels(full, torch.zeros(1, 3, image_size, image_size), criterion=criterion,
+                                 pruning_ratio=pruning_ratio, **kwargs)
 
     cfg = copy.deepcopy(old.cfg)
-    steps: list[dict[str, Any]] = list(pruned.lean_steps)  # type: ignore[arg-type]
-    name, args = Recipe(recipe.architecture, recipe.model_args, steps).create_args()
+    name, args = Recipe(recipe.architecture, recipe.model_args, pruned.lean_steps).create_args()
     cfg.model.backbone.update(model_name=name, model_args=args)
     neck = cfg.model.get('neck')
     for part in neck[:1] if isinstance(neck, list) else [neck] if neck else []:
         part['in_channels'] = AUTO
     new: Any = build_detector(cfg)
     copy_weights(pruned, new.backbone.net)
-    levels = [_kept_of_level(pruned, kept, level, str(source)) for level in old.backbone.out_indices]
+    levels = [_kept_of_level(pruned, level, str(source)) for level in old.backbone.out_indices]
     readers = _readers(old, image_size)
     state, tensors = old.state_dict(), {}
     for key, value in new.state_dict().items():
@@ -100,20 +92,16 @@ def prune_detector(
     return new.eval()
 
 
-def _norms(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, m) for name, m in model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-
-
-def _kept_of_level(model: nn.Module, kept: dict[str, torch.Tensor], level: int, source: str) -> torch.Tensor:
+def _kept_of_level(pruned: Any, level: int, source: str) -> Any:
     """The channels that stay of a feature level: those of the last batch norm in the level's module."""
-    entry = feature_levels(model)[level]
-    found = [k for name, k in kept.items()
-             if f'{name}.'.startswith(entry['module'] + '.') and len(k) == entry['num_chs']]
+    entry = feature_levels(pruned)[level]
+    found = [name for name, m in pruned.named_modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_features == entry['num_chs']
+             and f'{name}.'.startswith(entry['module'] + '.')]
     if not found:
         raise LeanError(f'{source}: feature level {level} ({entry["module"]}) does not end in a batch norm; channel '
                         'pruning of such a backbone is not supported.')
-    return found[-1]
+    return pruned.lean_report.kept.get(found[-1], slice(None))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch.nn as nn
 from mmengine.hooks import EMAHook, Hook
 
 from timm_lean.errors import LeanError
-from timm_lean.pruning import KernelPruner
+from timm_lean.pruning import KernelPruner, ZeroKeeper
 from timm_lean.pruning.report import KernelReport, LayerReport
 
 from .arguments import check_arguments
@@ -22,6 +22,9 @@ _STATE = 'timm_lean_pruner'
 class KernelPruningHook(Hook):
     """Prunes kernels on a schedule and keeps them at zero: through the optimizer, EMAHook, AMP, DDP and resuming.
 
+    With none of `amount`, `threshold` and `contrib` it prunes nothing, and keeps what is zero: for training a detector
+    that is pruned already.
+
     Args:
         criterion: How kernels are scored, see `timm_lean.pruning.spectral`.
         amount: Share of the kernels to prune, in [0, 1).
@@ -35,7 +38,7 @@ class KernelPruningHook(Hook):
 
     Raises:
         LeanError: Arguments that `KernelPruner` refuses, an unknown target, a schedule that begins after the training,
-            a detector that has been pruned before, or a second such hook.
+            a detector that has been pruned before, nothing to keep, or a second such hook.
     """
     # After EMAHook (NORMAL) has averaged, before checkpoints (VERY_LOW) are written.
     priority = 'BELOW_NORMAL'
@@ -56,7 +59,7 @@ class KernelPruningHook(Hook):
             criterion=criterion, amount=amount, threshold=threshold, contrib=contrib, begin=begin, end=end, **kwargs)
         check_arguments(KernelPruner, self.options, 'KernelPruningHook')
         self.by_epoch, self.target = by_epoch, target
-        self.pruner: KernelPruner | None = None
+        self.pruner: ZeroKeeper | None = None
         self._resumed: dict[str, Any] | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -80,7 +83,7 @@ class KernelPruningHook(Hook):
         backbone = self._backbone(model)
         if backbone is not None:
             target.lean_steps = backbone.lean_steps  # type: ignore[assignment]
-        self.pruner = KernelPruner(target, **self.options)
+        self.pruner = self._create(target)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 averaged = unwrap(hook.ema_model.module)
@@ -102,6 +105,15 @@ class KernelPruningHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert self.pruner is not None
         self.pruner.step()
+
+    def _create(self, target: nn.Module) -> ZeroKeeper:
+        if any(self.options[rule] is not None for rule in ('amount', 'threshold', 'contrib')):
+            return KernelPruner(target, **self.options)
+        keeper = ZeroKeeper(target)
+        if not keeper.report.pruned:
+            raise LeanError(f'KernelPruningHook: no kernel in target={self.target!r} is zero, to be kept so. To prune, '
+                            'give exactly one of amount, threshold and contrib.')
+        return keeper
 
     def _backbone(self, model: nn.Module) -> TimmBackbone | None:
         """The backbone whose checkpoint has to tell that it is pruned."""

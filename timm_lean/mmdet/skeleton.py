@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from timm_lean.checkpoint.limits import Work, check_tensors, limited
 from timm_lean.errors import CheckpointError
 
+from .backbone import TimmBackbone
+
 __all__ = ['check_work', 'misfit', 'tied_names']
 
 # Bytes while building beyond those of the file's tensors: a backbone is built up to four times, and one that was cut
@@ -41,7 +43,10 @@ def check_work(
     with limited(shapes) as work, torch.device('meta'), _Ramps():
         model = build(copy.deepcopy(cfg))  # some constructors take their settings apart
     _check_bytes(work, shapes, source)
-    if found := misfit({k: tuple(v.shape) for k, v in get_state_dict(model).items()}, shapes, tied_names(model)):
+    given = dict(shapes)
+    if isinstance(getattr(model, 'backbone', None), TimmBackbone):
+        model.backbone.adopt_names(given, 'backbone.')  # type: ignore[union-attr, operator]
+    if found := misfit({k: tuple(v.shape) for k, v in get_state_dict(model).items()}, given, tied_names(model)):
         raise CheckpointError(f'{source} does not hold the detector its config describes: {found}.')
 
 

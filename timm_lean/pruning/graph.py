@@ -23,6 +23,8 @@ from timm_lean.layers import FilterBasis, SharedBasisConv2d
 
 __all__ = ['build_graph', 'channel_group', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
 
+_MAX_CHANNELS = 200_000  # of a layer; the most that timm's have are 25,088, the flattened inputs of VGG's classifier
+
 
 class SharedBasisPruner(tp.BasePruningFunc):
     """How Torch-Pruning removes channels of a `SharedBasisConv2d`; a shared basis is cut by the first of its layers."""
@@ -127,13 +129,18 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
 
 
 class _Group(tp.Group):
-    """Torch-Pruning's group, but what that one searches its list for is looked up in a set."""
+    """Torch-Pruning's group, but what that one searches its list for is looked up in a set, and it cannot grow forever.
+
+    Where a model's code folds channels into another dimension and back, each way multiplies their numbers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[Any] = set()
 
     def add_dep(self, dep: Dependency, idxs: Any) -> None:
+        if len(idxs) > _MAX_CHANNELS:
+            raise ValueError('reshapes multiply them without end')
         super().add_dep(dep, idxs)
         self._seen.add((id(dep.target), dep.handler, tuple(idxs)))
 

@@ -58,9 +58,13 @@ class ZeroKeeper:
     Args:
         model: The model, on any device; of a wrapped one (DDP, torch.compile, EMA) the model inside.
 
+    Attributes:
+        updates: How often kernels were pruned since; a `KernelPruner` does that.
+
     Raises:
         LeanError: The model has no convolutions.
     """
+    updates = 0
 
     def __init__(self, model: nn.Module):
         self.model = unwrap_model(model)
