@@ -4,12 +4,13 @@ import re
 import pytest
 import timm
 import torch
+from fuzz.safetensors_file import with_entry
 from mmdet_support import SHARED, batch, losses_of, open_config, predictions_of
 from mmengine.runner import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from timm_lean import CheckpointError, LeanError, fold, load_model, save_model
+from timm_lean import CheckpointError, LeanError, fold, load_model, prune_kernels, save_model
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
 from timm_lean.mmdet.detector import build_detector, describe, load_strictly, save_detector
@@ -250,6 +251,25 @@ def test_share_meets_a_budget_and_the_recipe_rebuilds_it(dense_file, tmp_path):
 def test_bad_share_options_are_clear_errors(share, message):
     with pytest.raises(LeanError, match=message):
         TimmBackbone('resnet18', model_args=dict(channels=(8, 16, 24, 32)), share=share)
+
+
+def test_packed_checkpoints_bring_their_zeros(tmp_path):
+    """Of pruned kernels the file has the live ones alone."""
+    model = prune_kernels(timm.create_model('resnet20_cifar'), criterion='weight', amount=0.7)
+    save_model(model, path := str(tmp_path / 'm.safetensors'))
+    backbone = TimmBackbone(checkpoint=path)
+    assert sum(int((m.weight == 0).sum()) for m in backbone.modules() if isinstance(m, torch.nn.Conv2d)) == sum(
+        int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    assert feature_channels(checkpoint=path) == backbone.out_channels
+
+
+def test_a_checkpoint_asks_for_no_more_than_its_tensors_justify(tmp_path):
+    path = tmp_path / 'm.safetensors'
+    save_model(timm.create_model('resnet20_cifar'), path)
+    path.write_bytes(with_entry(path.read_bytes(), model_args=dict(layers=[9000, 1, 1])))
+    for build in (TimmBackbone, feature_channels):
+        with pytest.raises(CheckpointError, match=r'm\.safetensors cannot be rebuilt: .* modules'):
+            build(checkpoint=str(path))
 
 
 def test_detector_with_share_reloads_without_it(dense_file, tmp_path):

@@ -95,7 +95,7 @@ def test_fine_tunes_by_its_own_config(trained, tmp_path):
 def test_a_detector_without_a_neck_is_refused(trained, tmp_path, monkeypatch):
     model = load_detector(trained)
     model.neck = None
-    monkeypatch.setattr('timm_lean.mmdet.prune.load_detector', lambda source: model)
+    monkeypatch.setattr('timm_lean.mmdet.prune.load_detector', lambda source, **kwargs: model)
     with pytest.raises(LeanError, match='no neck between backbone and heads'):
         prune_detector(trained, tmp_path / 'p.safetensors')
     assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _logger = logging.getLogger(__name__)
-_KEY = 'timm_lean'
+MODEL_KEY = 'timm_lean'
 _PRUNED_STEP = 'prune_kernels'
 # Arguments of timm.create_model that download, open other files or choose a device.
 RUNTIME_ARGS = {
@@ -82,7 +82,7 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
             header['packed'] = shapes
     with atomic_file(path) as temporary:
         # one entry only: safetensors writes several in an order that changes from run to run
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        save_file(tensors, temporary, metadata={MODEL_KEY: json.dumps(header)})
 
 
 def warn_of_lost_zeros(steps: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
@@ -92,7 +92,7 @@ def warn_of_lost_zeros(steps: list[dict[str, Any]], tensors: dict[str, torch.Ten
         return
     if not any(bool((t == 0).flatten(2).all(2).any()) for t in tensors.values() if t.ndim == 4):
         _logger.warning('The kernels of this model were pruned, and none of them is zero any more: training revived '
-                        'them. Keep them by timm_lean.keep_zeros(model, optimizer), in MMDetection by KernelPruningHook.')
+                        'them. Keep them by timm_lean.keep_zeros(model, optimizer), or by KernelPruningHook().')
 
 
 def load_model(
@@ -232,13 +232,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
         check_header_size(path)
         with safe_open(path, framework='pt') as f:
             metadata = f.metadata() or {}
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise CheckpointError(f'{path} is not a whole safetensors file: {e}') from e
-    if _KEY not in metadata:
+    if MODEL_KEY not in metadata:
         raise CheckpointError(
             f'{path} is a safetensors file without a timm-lean header, so its architecture is not known. Load it by '
             f'timm.create_model(NAME, checkpoint_path={str(path)!r}), then save it by timm_lean.save_model.')
-    header = parse_entry(metadata[_KEY], f'{path}: the timm-lean header')
+    header = parse_entry(metadata[MODEL_KEY], f'{path}: the timm-lean header')
     expected = {'architecture': str, 'model_args': dict, 'steps': list, 'pretrained_cfg': dict}
     if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]

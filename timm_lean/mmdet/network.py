@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from timm_lean.checkpoint.format import load_any
+from timm_lean.checkpoint.limits import check_numbers, check_steps, limited
 from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
 from timm_lean.errors import CheckpointError, LeanError
 from timm_lean.sharing import ShareReport
@@ -46,7 +47,7 @@ def build_features(
         LeanError: The name, the levels, the file or the conversion are not possible; the message says why.
     """
     recipe, weights = _source(model_name, pretrained, checkpoint, dict(model_args or {}))
-    full = _on_meta(recipe)
+    full = _on_meta(recipe, weights)
     indices = _check_indices(full, out_indices, recipe.architecture)
     net = _create(recipe, indices, pretrained and weights is None)
     if weights is not None:
@@ -87,8 +88,8 @@ def feature_channels(
         model_args: dict[str, Any] | None = None,
 ) -> list[int]:
     """Channels of the feature maps `build_features` would give, without allocating or loading the network."""
-    recipe, _ = _source(model_name, pretrained, checkpoint, dict(model_args or {}), header_only=True)
-    indices = _check_indices(_on_meta(recipe), out_indices, recipe.architecture)
+    recipe, weights = _source(model_name, pretrained, checkpoint, dict(model_args or {}), header_only=True)
+    indices = _check_indices(_on_meta(recipe, weights), out_indices, recipe.architecture)
     try:
         with torch.device('meta'):
             net = _create(recipe, indices, False)
@@ -177,8 +178,19 @@ def _source(
     return Recipe.from_create_args(model_name, args), None
 
 
-def _on_meta(recipe: Recipe) -> nn.Module:
-    """The whole network without memory for its tensors (with it, if its constructor needs values)."""
+def _on_meta(recipe: Recipe, weights: Weights | None = None) -> nn.Module:
+    """The whole network without memory for its tensors (with it, if its constructor needs values).
+
+    A file's recipe may take no more work than the file's tensors justify.
+    """
+    if weights is not None and weights.recipe is not None and weights.shapes:
+        try:
+            check_steps(recipe.steps)
+            check_numbers(recipe.model_args, weights.shapes)
+            with limited(weights.shapes, steps=bool(recipe.steps)), torch.device('meta'):
+                return build(recipe)
+        except LeanError as e:
+            raise CheckpointError(f'{weights.source} cannot be rebuilt: {e}') from e
     try:
         with torch.device('meta'):
             return build(recipe)

@@ -24,6 +24,8 @@ def predict_images(
         out: str | Path | None = None,
         score_thr: float = 0.3,
         device: str = 'cpu',
+        *,
+        trust_imports: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Detect objects in image files and draw them.
 
@@ -34,6 +36,7 @@ def predict_images(
             nothing.
         score_thr: Least score of a box.
         device: Where to run.
+        trust_imports: See `load_detector`.
 
     Returns:
         For each image `{'image': path, 'picture': path or None, 'boxes': [{'class': name, 'score': s, 'box': [x1, y1,
@@ -46,7 +49,7 @@ def predict_images(
         raise LeanError(f'The score threshold must be between 0 and 1, got {score_thr}.')
     arrays = [read_image(path) for path in images]
     names = _picture_names(images, out)
-    model: Any = load_detector(source, device)
+    model: Any = load_detector(source, device, trust_imports=trust_imports)
     results = []
     for path, array, picture in zip(images, arrays, names, strict=True):
         boxes = predict(model, array, score_thr)

@@ -6,6 +6,7 @@ says the new sizes; the report says which channels stay.
 Limits: a feature level must end in a batch norm of its own channels (ResNet, MobileNet, RegNet kinds; not DenseNet).
 """
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ __all__ = ['prune_detector']
 
 def prune_detector(
         source: str | Path, output: str | Path, *, criterion: str = 'spectral_norm',
-        pruning_ratio: float = 0.5, again: bool = False, image_size: int = 128, **kwargs: Any,
+        pruning_ratio: float = 0.5, again: bool = False, image_size: int = 128,
+        trust_imports: Sequence[str] = (), **kwargs: Any,
 ) -> nn.Module:
     """Remove channels of a detector's backbone and write the detector to a `.safetensors` file.
 
@@ -38,6 +40,7 @@ def prune_detector(
         pruning_ratio: See `prune_channels`.
         again: Prune a backbone that has been pruned by channels before.
         image_size: Side of the images it is traced with; no effect on the result.
+        trust_imports: See `load_detector`.
         kwargs: More of `prune_channels`.
 
     Returns:
@@ -46,7 +49,7 @@ def prune_detector(
     Raises:
         LeanError: Not a detector of this package, one with another backbone, or a network that cannot be pruned so.
     """
-    old: Any = load_detector(source)
+    old: Any = load_detector(source, trust_imports=trust_imports)
     if not isinstance(old.backbone, TimmBackbone):
         raise LeanError(
             f'{source}: the backbone is a {type(old.backbone).__name__}, only a TimmBackbone can be pruned.')

@@ -3,7 +3,9 @@
 Importing this file registers a loader with MMEngine, so that `load_from=`, `resume`'s checkpoints aside, `init_cfg`,
 `init_detector` and `load_checkpoint` take `.safetensors` files.
 """
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
-from timm_lean.checkpoint.format import read_recipe
+from timm_lean.checkpoint.format import MODEL_KEY, read_header, read_recipe
 from timm_lean.checkpoint.limits import check_header_size, parse_entry
 from timm_lean.checkpoint.packing import packed_shapes, unpack
 from timm_lean.checkpoint.recipe import Recipe
@@ -34,10 +36,12 @@ class Weights:
         source: Where they come from, for messages.
         tensors: By name.
         recipe: The network, where the file says it.
+        shapes: Of all tensors of the file, read or not.
     """
     source: str
     tensors: dict[str, torch.Tensor]
     recipe: Recipe | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_weights(path: str, prefix: str | None = None, *, header_only: bool = False) -> Weights:
@@ -51,13 +55,13 @@ def read_weights(path: str, prefix: str | None = None, *, header_only: bool = Fa
     Raises:
         CheckpointError: The file is missing, damaged or not a checkpoint.
     """
-    recipe = None
+    recipe, shapes = None, dict[str, tuple[int, ...]]()
     if str(path).endswith('.safetensors'):
-        metadata, tensors = _read(path, tensors=not header_only)
+        metadata, shapes, tensors = _read(path, tensors=not header_only)
         if DETECTOR_KEY in metadata:
             backbone = detector_header(path).get('backbone')
             recipe = Recipe(**backbone) if backbone else None
-        elif 'timm_lean' in metadata:
+        elif MODEL_KEY in metadata:
             recipe = read_recipe(path)
     elif header_only:  # other formats have no recipe
         tensors = {}
@@ -79,7 +83,7 @@ def read_weights(path: str, prefix: str | None = None, *, header_only: bool = Fa
     for start in _PREFIXES:
         if any(k.startswith(start) for k in tensors):
             tensors = {k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}
-    return Weights(str(path), dict(tensors), recipe)
+    return Weights(str(path), dict(tensors), recipe, shapes)
 
 
 @CheckpointLoader.register_scheme(prefixes=r'.+\.safetensors$', force=True)
@@ -93,7 +97,7 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
     Returns:
         `state_dict`, and `meta` with the `dataset_meta` (class names) if the file has it.
     """
-    metadata, tensors = _read(Path(filename).expanduser())
+    metadata, _, tensors = _read(Path(filename).expanduser())
     device = map_location if isinstance(map_location, (str, torch.device)) else None
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}
@@ -108,7 +112,7 @@ def detector_header(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged or something else.
     """
-    metadata, _ = _read(path, tensors=False)
+    metadata = _metadata(path)
     if DETECTOR_KEY not in metadata:
         raise CheckpointError(f'{path} was not written by SafetensorsHook or export_detector: it does not say which '
                               'detector it holds.')
@@ -130,13 +134,7 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: The file is damaged or something else.
     """
-    header = detector_header(path)
-    with safe_open(path, framework='pt') as f:
-        shapes = packed_shapes(
-            {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, header.get('packed', {}))  # noqa: SIM118
-    if lost := [name for name in header['aliases'].values() if name not in shapes]:
-        raise CheckpointError(f'{path} has a damaged header: {lost[0]} has another name, but is missing.')
-    return shapes | {alias: shapes[name] for alias, name in header['aliases'].items()}
+    return _read(path, tensors=False)[1]
 
 
 def _check_entries(header: dict[str, Any], path: str) -> None:
@@ -170,26 +168,46 @@ def _is_metainfo(metainfo: dict[str, Any]) -> bool:
         for colour in palette)
 
 
-def _read(path: str | Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a safetensors file, packed ones as they were, tied ones under all their names."""
+def _metadata(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise CheckpointError(f'The checkpoint {path} does not exist.')
-    try:
+    with _readable(path):
         check_header_size(path)
         with safe_open(path, framework='pt') as f:
-            metadata = f.metadata() or {}
-            header = detector_header(path) if tensors and DETECTOR_KEY in metadata else {}
-            packed = header.get('packed', {})
-            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
-            state = {
-                k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes
-            } if tensors else {}
+            return f.metadata() or {}
+
+
+def _read(
+        path: str | Path, tensors: bool = True,
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Metadata, shapes and tensors of a safetensors file, packed ones as they were, tied ones under all their names."""
+    metadata = _metadata(path)
+    header: dict[str, Any] = {}
+    if DETECTOR_KEY in metadata:
+        header = detector_header(path)
+    elif MODEL_KEY in metadata:
+        header = read_header(path)
+    packed, aliases = header.get('packed', {}), header.get('aliases', {})
+    with _readable(path), safe_open(path, framework='pt') as f:
+        shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
+        state = {
+            k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes
+        } if tensors else {}
+    for alias, name in aliases.items():
+        if name not in shapes:
+            raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
+        shapes[alias] = shapes[name]
+        if tensors:
+            state[alias] = state[name]
+    return metadata, shapes, state
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as a CheckpointError that names it."""
+    try:
+        yield
     except CheckpointError as e:
         raise e if str(path) in str(e) else CheckpointError(f'{path} cannot be read: {e}') from e
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
         raise CheckpointError(f'{path} is not a whole safetensors file: {e}') from e
-    for alias, name in header.get('aliases', {}).items():
-        if name not in state:
-            raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
-        state[alias] = state[name]
-    return metadata, state
