@@ -132,6 +132,8 @@ SMALL = ['--model', 'resnet20_cifar', '--epochs', '1', '--batch-size', '4', '--d
 
 
 @pytest.mark.parametrize('arguments, words', [
+    (['depth', '--seed', '9' * 30], ['seed must be a whole number']),
+    (['depth', '--images-dir', 'images'], ['for COCO annotations']),
     (['train', '--model', 'resnet_nope'], ["Unknown model 'resnet_nope'"]),
     (['train', '--model', 'resnet34_cifar_s8u1', '--model-args', 'shared_rank=-1'], ['shared_rank', '-1']),
     (['train', '--model', 'resnet34_cifar_s8u1', '--model-args', 'shared_rank=0', 'unique_rank=0'], ['both 0']),

@@ -101,12 +101,15 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Values that are used only after minutes of reading."""
     from timm_lean.depth.family import Budget, check_family
+    from timm_lean.errors import LeanError
     from timm_lean.training.config import TrainConfig
     from timm_lean.training.depth_sweep import check_sweep
     from timm_lean.training.settings import check_setting
-    for name, value in given(args, 'img_size', 'workers', 'num_classes', *_TRAINING).items():
+    for name, value in given(args, 'img_size', 'workers', 'num_classes', 'seed', *_TRAINING).items():
         check_setting(TrainConfig, name, value)
     check_sweep(**given(args, 'seeds', 'depths'))
+    if args.images_dir and not str(args.data_dir).lower().endswith('.json'):
+        raise LeanError(f'--images-dir {args.images_dir} is for COCO annotations: give --data-dir FILE.json.')
     if args.family:
         check_family(args.family)
     if args.budget:
