@@ -16,6 +16,13 @@ def _deterministic():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='no GPU'))])
+def device(request):
+    """Every device there is; `tools/prove_gpu.py` runs the tests that take it."""
+    return torch.device(request.param)
+
+
 def randomize_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
     """Give every BN statistics and affine parameters a trained network could have; fresh ones hide errors."""
     for m in model.modules():

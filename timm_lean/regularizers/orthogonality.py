@@ -67,7 +67,8 @@ class BasisOrtho(Regularizer):
                 continue
             if layer.basis is not None:
                 group = groups[layer.basis.kind][layer.basis.stage]
-                if not any(bank is layer.basis for bank in group.shared):
+                # by the filters: torch.export traces a copy in which every layer has a module of its own around them
+                if not any(bank.weight is layer.basis.weight for bank in group.shared):
                     group.shared.append(layer.basis)
             else:
                 group = lonely[id(layer)]
@@ -194,15 +195,15 @@ def _isometry_error(rows: torch.Tensor, iterations: int) -> torch.Tensor:
     if rows.shape[1] > rows.shape[2]:
         rows = rows.mT
 
-    def apply(v: torch.Tensor) -> torch.Tensor:
+    def apply(rows: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return rows @ (rows.mT @ v) - v
 
-    with torch.no_grad():
-        # Any vector that is not orthogonal to the leading eigenvector will do; squares in a cosine look random.
-        index = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
-        v = index.square().cos().to(rows.dtype)[:, None].expand(len(rows), -1, 1)
-        for _ in range(iterations):
-            v = torch.nn.functional.normalize(apply(v), dim=1)
+    # Any vector that is not orthogonal to the leading eigenvector will do; squares in a cosine look random.
+    index = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
+    v = index.square().cos().to(rows.dtype)[:, None].expand(len(rows), -1, 1)
+    fixed = rows.detach()  # not no_grad(), which an exported graph does not keep
+    for _ in range(iterations):
+        v = torch.nn.functional.normalize(apply(fixed, v), dim=1)
     # At an eigenvector the derivative of |A v| by A is that of the eigenvalue, so v may be held constant; and |A v|,
     # unlike v^T A v, is right for a mixture of the eigenvectors of +s and -s too.
-    return torch.linalg.vector_norm(apply(v), dim=(1, 2))
+    return torch.linalg.vector_norm(apply(rows, v), dim=(1, 2))
