@@ -1,4 +1,5 @@
 """torch.compile and torch.export of a training step: one graph, with every regularizer and a pruner, and its values."""
+import pytest
 import timm
 import torch
 import torch.nn as nn
@@ -47,6 +48,7 @@ def test_a_step_with_regularizers_and_pruner_is_one_graph_each():
     assert pruner.report.pruned == pruned
 
 
+@pytest.mark.slow
 def test_a_step_with_regularizers_exports():
     """Without a pass before: a shared basis is one in the graph too, and NaN is not looked for in it."""
     step, x, target = Step(), torch.randn(4, 3, 8, 8), torch.arange(4)
