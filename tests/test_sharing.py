@@ -33,6 +33,10 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def small() -> nn.Module:
+    return network(layers=(2, 2, 2), channels=(8, 16, 32))
+
+
 def vgg() -> nn.Module:  # convolutions with bias
     return network('vgg11', num_classes=5)
 
@@ -169,7 +173,7 @@ def test_converted_networks_trace_compile_and_export():
 
 
 def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
-    model = network()
+    model = small()
     plain = share(model, energy=0.8, unique_rank=1, calibration=[X])
     new = share(model, energy=0.8, unique_rank=1, bn=True, calibration=[(X, None)])
     assert count(new) > count(plain)
@@ -195,7 +199,7 @@ def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
 
 
 def test_budget_counts_the_batch_norms():
-    model = network()
+    model = small()
     new = share(model, params=0.5, bn=True, calibration=[X])
     assert abs(count(new) / count(model) - 0.5) <= 0.03 and new.lean_report.params[1] == count(new)
 
@@ -284,7 +288,8 @@ def test_nothing_to_share():
 def small_file(tmp_path_factory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('share') / 'dense.safetensors'
-    save_model(timm.create_model('resnet20_cifar', num_classes=10, in_chans=1), path)
+    save_model(timm.create_model(
+        'resnet20_cifar', num_classes=10, in_chans=1, layers=(2, 2, 2), channels=(8, 16, 32)), path)
     return str(path)
 
 
