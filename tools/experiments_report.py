@@ -1,0 +1,257 @@
+"""docs/results.md from the rows of docs/results/: the answers, one picture per question, the tables, the commands.
+
+Effects are differences between two networks of the same seed, averaged over the seeds that both have, with the 95 %
+interval of Student's t and the p of the paired t-test (scipy). Nothing on the page is written by hand, except what
+docs/results/earlier.md holds, which is appended.
+"""
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments_queue import Run, read_rows
+from scipy.stats import ttest_rel
+
+from timm_lean import LeanError
+from timm_lean.checkpoint.files import atomic_file
+from timm_lean.measure.pictures import COLORS, REFERENCE, new_figure, save_figure
+from timm_lean.measure.report import human_bytes, human_count
+
+Rows = Sequence[dict[str, Any]]
+
+QUESTIONS = {
+    1: 'Do networks with shared filter bases keep the accuracy, at equal epochs?',
+    2: 'What does a trained network keep when it is made smaller?',
+    3: 'Which kernels does each criterion prune, by the L1 protocol of the eigenvalue paper?',
+    4: 'What is Convolutional Similarity worth, as a regularizer and as an initialization?',
+    5: 'Does accuracy stop growing at the depth that the entropy allows?',
+    6: 'How small can the file become for an accuracy?',
+    7: 'The same as 2 for MobileNetV2 with ImageNet weights, on CIFAR-10 at 96 pixels',
+    8: 'Detection of blood cells (BCCD): dense, shared, compressed',
+}
+_AFTER = ('plain', 'calibrated', 'trained on')  # how the names of question 2 end
+_INTRO = """# Results
+
+What was trained and compressed with this package: networks trained here, compared with each other. Published figures of
+the papers are in the pages of the techniques, not here.
+
+"""
+_JPEG = """CIFAR-10 was here a copy with lossy images (JPEG, quality 75, chroma halved; each row says what its images
+were). Networks reach several points less on it than on the original, so these accuracies do not compare with published
+ones; the differences between networks trained on the same images are what counts.
+
+"""
+_END = """## Commands
+
+```
+python tools/experiments.py run --data-dir CIFAR10    # all runs that have no row yet; stopped, it goes on
+python tools/experiments.py status
+python tools/experiments.py report                    # this page and its pictures, from docs/results/*.jsonl
+```
+
+Every row holds the command it came from, where DATA is the folder of the images and RUNS the folder of the runs.
+"""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference in top-1 (or AP) between two networks, paired by seed.
+
+    Attributes:
+        mean: In points.
+        seeds: How many seeds both have.
+        low: Lower end of the 95 % interval; None with one seed.
+        high: Upper end.
+        p: Of the paired t-test.
+    """
+    mean: float
+    seeds: int
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    def __str__(self) -> str:
+        if self.p is None:
+            return f'{self.mean:+.2f} points (one seed)'
+        return f'{self.mean:+.2f} points [{self.low:+.2f}, {self.high:+.2f}], p = {self.p:.2g}'
+
+
+def paired(rows: Rows, base: Rows) -> Effect | None:
+    """How much better `rows` are than `base`, over the seeds that both have; None if there are none."""
+    ours, theirs = ({row['seed']: score(row) for row in side} for side in (rows, base))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    mean = statistics.mean(differences)
+    if len(seeds) < 2 or len(set(differences)) < 2:
+        return Effect(mean, len(seeds))
+    test = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    low, high = test.confidence_interval(0.95)
+    return Effect(mean, len(seeds), float(low), float(high), float(test.pvalue))
+
+
+def score(row: dict[str, Any]) -> float:
+    """Top-1 in per cent, or AP in per cent."""
+    return row['top1'] if 'top1' in row else 100 * row['ap']
+
+
+def by_name(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    """Rows of all seeds by name, in the order of their first appearance."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row['name']].append(row)
+    return dict(groups)
+
+
+def spread(rows: Iterable[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = [score(row) for row in rows]
+    if not values:
+        return ''
+    deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{deviation} ({len(values)})'
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in (header, ['---'] * len(header), *lines)) + '\n'
+
+
+def size_cells(row: dict[str, Any]) -> list[str]:
+    return [f'{row["params"]:,}', human_count(row['macs']), human_bytes(row['bytes'])]
+
+
+def networks(question: int, rows: Rows, folder: Path) -> str:
+    """The part of a question that compares networks with the first one: answer, picture, table."""
+    groups = by_name(rows)
+    base_name, base = next(iter(groups.items()))
+    effects = {name: paired(group, base) for name, group in groups.items() if name != base_name}
+    change = {name: 100 * (group[0]['params'] / base[0]['params'] - 1) for name, group in groups.items()}
+    answer = [f'**{name}** against {base_name}: {effect}, with {change[name]:+.0f} % parameters.'
+              for name, effect in effects.items() if effect]
+    draw_networks(groups, folder / f'q{question}.png')
+    lines = [
+        [name, *size_cells(group[0]), str(group[0].get('epochs', '')), spread(group), str(effects.get(name) or '')]
+        for name, group in groups.items()]
+    return _part(question, answer, folder, table(
+        ['network', 'parameters', 'MACs', 'file', 'epochs', '% (seeds)', f'against {base_name}, paired'], lines))
+
+
+def compressions(question: int, rows: Rows, folder: Path) -> str:
+    """The part of a question that makes one network smaller in several ways."""
+    groups = by_name(rows)
+    dense = groups.pop('dense', [])
+    ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    for name, group in groups.items():
+        technique, size = (group[0]['settings'][key] for key in ('technique', 'size'))
+        ways[technique, size][name.removeprefix(f'{technique} {size} ')] = group
+    start = score(dense[0]) if dense else None
+    answer = [_best(technique, ways, start) for technique in dict.fromkeys(t for t, _ in ways)] if start else []
+    draw_compressions(ways, start, folder / f'q{question}.png')
+    lines = [['dense', '', *(size_cells(dense[0]) if dense else ['', '', '']), spread(dense), '', '']]
+    for (technique, size), kinds in sorted(ways.items(), key=lambda item: item[0][0]):
+        first = next(iter(kinds.values()))[0]
+        lines.append([technique, f'{size:g}', *size_cells(first), *(spread(kinds.get(kind, [])) for kind in _AFTER)])
+    return _part(question, list(filter(None, answer)), folder, table(
+        ['technique', 'size', 'parameters', 'MACs', 'file', *(f'{kind}, % (seeds)' for kind in _AFTER)], lines))
+
+
+def _best(technique: str, ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]], start: float) -> str:
+    """In words: what a technique keeps at its gentlest and its strongest, calibrated if that was done."""
+    found = []
+    for (name, size), kinds in ways.items():
+        kind = next((kind for kind in reversed(_AFTER) if kind in kinds), None)
+        if name == technique and kind:
+            mean = statistics.mean(map(score, kinds[kind]))
+            found.append(f'{mean - start:+.1f} points at {size:g} ({kind})')
+    return f'**{technique}**: {"; ".join(found)}.' if found else ''
+
+
+def _part(question: int, answer: Sequence[str], folder: Path, text: str) -> str:
+    picture = f'![Accuracy by network, question {question}]({folder.name}/q{question}.png)'
+    return '\n\n'.join([f'## {question}. {QUESTIONS[question]}', *answer, picture, text])
+
+
+def draw_networks(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A dot for each seed, a bar for the mean, lines joining the networks of one seed."""
+    figure, (axes,) = new_figure((max(5., 1.6 * len(groups) + 1), 4))
+    names = list(groups)
+    for seed in sorted({row['seed'] for group in groups.values() for row in group}):
+        points = [(x, score(row)) for x, name in enumerate(names) for row in groups[name] if row['seed'] == seed]
+        axes.plot(*zip(*points, strict=True), marker='o', color=COLORS[seed % len(COLORS)], linewidth=0.7,
+                  label=f'seed {seed}')
+    for x, name in enumerate(names):
+        mean = statistics.mean(map(score, groups[name]))
+        axes.hlines(mean, x - 0.25, x + 0.25, color=REFERENCE, linewidth=2)
+    axes.set_xticks(range(len(names)), [name.replace(', ', ',\n') for name in names])
+    axes.set_ylabel('top-1 (%)' if 'top1' in next(iter(groups.values()))[0] else 'AP (%)')
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_compressions(
+        ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]], start: float | None, path: Path) -> None:
+    """Accuracy against the size of the file, one panel for each treatment, one line for each technique."""
+    figure, panels = new_figure((11, 4), columns=len(_AFTER))
+    techniques = list(dict.fromkeys(technique for technique, _ in ways))
+    for axes, kind in zip(panels, _AFTER, strict=True):
+        for technique in techniques:
+            points = sorted(
+                (kinds[kind][0]['bytes'] / 1e3, statistics.mean(map(score, kinds[kind])))
+                for (name, _), kinds in ways.items() if name == technique and kind in kinds)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker='o', label=technique,
+                          color=COLORS[techniques.index(technique) % len(COLORS)])
+        if start is not None:
+            axes.axhline(start, color=REFERENCE, linewidth=1)
+        axes.set_title(kind)
+        axes.set_xlabel('file (kB)')
+    panels[0].set_ylabel('top-1 (%)')
+    if techniques:
+        panels[0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def unfinished(runs: Sequence[Run], rows: dict[int, Rows]) -> str:
+    """What the queue still holds, and what it does not hold yet."""
+    lines = []
+    for question, title in QUESTIONS.items():
+        asked = [run for run in runs if run.question == question]
+        done = {(row['name'], row['seed']) for row in rows[question]}
+        left = [run for run in asked if (run.name, run.seed) not in done]
+        if left:
+            lines.append(f'- {question}: {len(asked) - len(left)} of {len(asked)} runs are finished.')
+        elif not asked and not done:
+            lines.append(f'- {question}: {title} Not run.')
+    return '## What is not finished\n\n' + ('\n'.join(lines) or 'Everything in the queue is finished.') + '\n'
+
+
+def write_page(runs: Sequence[Run], results: Path, output: Path) -> None:
+    """Write the page, and the pictures beside the rows.
+
+    Args:
+        runs: The queue, to say what is missing.
+        results: Folder of the rows.
+        output: The page, in the folder that holds `results`.
+
+    Raises:
+        LeanError: There are no rows, or files that are no rows.
+    """
+    rows: dict[int, Rows] = {question: read_rows(results / f'q{question}.jsonl') for question in QUESTIONS}
+    if not any(rows.values()):
+        raise LeanError(f'{results} holds no rows. Make some: python tools/experiments.py run --data-dir CIFAR10.')
+    parts: dict[int, Callable[[int, Rows, Path], str]] = {2: compressions, 7: compressions}
+    text = [parts.get(q, networks)(q, rows[q], results) for q in QUESTIONS if rows[q]]
+    everything = [row for part in rows.values() for row in part]
+    hardware = sorted({row['hardware'] for row in everything})
+    dates = sorted({row['date'] for row in everything})
+    seen = f'{len(everything)} rows, {dates[0]} to {dates[-1]}, on {"; ".join(hardware)}.\n'
+    earlier = results / 'earlier.md'
+    jpeg = _JPEG if any(row['data'].startswith('JPEG') for row in everything) else ''
+    with atomic_file(output) as temporary:
+        temporary.write_text('\n'.join(filter(None, [
+            _INTRO + jpeg + seen, *text, unfinished(runs, rows), earlier.read_text() if earlier.is_file() else '',
+            _END])))
