@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,18 @@ ROUND_TO = 4  # channels; the networks for small images have no more than 16 in 
 
 def compress(model: nn.Module, technique: str, size: float, batches: Any, x: torch.Tensor) -> nn.Module:
     """A smaller copy of the network; `batches` are images to calibrate with, or None."""
+    repair: dict[str, Any] = {} if batches is None else {'calibration': batches}
     if technique == 'share':
-        return share(model, params=size, calibration=batches)
+        return share(model, params=size, **repair)
     if technique == 'kernels':
-        return prune_kernels(model, amount=size, calibration=batches)
+        return prune_kernels(model, amount=size, **repair)
     importance = tp.importance.MagnitudeImportance(p=2) if technique.startswith('torch-pruning') else None
-
-    def cut(ratio: float, batches: Any = batches) -> nn.Module:
-        return prune_channels(
-            model, x, pruning_ratio=ratio, round_to=1 if technique == 'torch-pruning' else ROUND_TO,
-            importance=importance, calibration=batches)
-
+    cut = partial(prune_channels, model, x, importance=importance)
     if technique != 'torch-pruning':
-        return cut(size)
+        return cut(pruning_ratio=size, round_to=ROUND_TO, **repair)
     goal = size * count_params(model)
-    return cut(nearest(lambda ratio: count_params(cut(ratio, None)) - goal))
+    ratio = nearest(lambda ratio: count_params(cut(pruning_ratio=ratio, round_to=1)) - goal)
+    return cut(pruning_ratio=ratio, round_to=1, **repair)
 
 
 def nearest(excess: Callable[[float], float], low: float = 0.02, high: float = 0.9, steps: int = 8) -> float:
