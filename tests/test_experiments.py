@@ -25,7 +25,7 @@ def tools(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     import experiments_queue
     yield experiments_queue
-    for name in ('experiments_queue', 'experiments_report', 'timing'):
+    for name in ('experiments_queue', 'experiments_report'):
         sys.modules.pop(name, None)
 
 

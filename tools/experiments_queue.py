@@ -39,12 +39,12 @@ import timm
 import torch
 import yaml
 from PIL import Image, JpegImagePlugin
-from timing import hardware
 
 import timm_lean
 from timm_lean import LeanError
 from timm_lean.checkpoint.files import atomic_dir, writable_dir
 from timm_lean.measure.report import model_reports
+from timm_lean.measure.timing import hardware
 
 ROOT = Path(__file__).parents[1]
 _RESULT = 'result.json'
