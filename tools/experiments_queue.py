@@ -293,8 +293,9 @@ def describe_images(folder: Path) -> str:
     with Image.open(file) as image:
         if not isinstance(image, JpegImagePlugin.JpegImageFile):
             return str(image.format)
-        # the first entry of the usual luminance table is 16 at quality 50 (ITU T.81, table K.1), scaled as libjpeg does
-        scale = 100 * image.quantization[0][0] / 16
+        # the last entry of the usual luminance table is 99 at quality 50 (ITU T.81, table K.1), scaled as libjpeg does;
+        # a large entry, since they are rounded
+        scale = 100 * image.quantization[0][63] / 99
         quality = 100 - scale / 2 if scale <= 100 else 5000 / scale
         halved = JpegImagePlugin.get_sampling(image) == 2
         return f'JPEG, quality {quality:.0f}' + (', chroma halved' if halved else '')

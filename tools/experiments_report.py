@@ -17,7 +17,7 @@ from scipy.stats import ttest_rel
 from timm_lean import LeanError
 from timm_lean.checkpoint.files import atomic_file
 from timm_lean.measure.pictures import COLORS, REFERENCE, new_figure, save_figure
-from timm_lean.measure.report import human_bytes, human_count
+from timm_lean.measure.table import human_bytes, human_count
 
 Rows = Sequence[dict[str, Any]]
 
@@ -28,10 +28,14 @@ QUESTIONS = {
     4: 'What is Convolutional Similarity worth, as a regularizer and as an initialization?',
     5: 'Does accuracy stop growing at the depth that the entropy allows?',
     6: 'How small can the file become for an accuracy?',
-    7: 'The same as 2 for MobileNetV2 with ImageNet weights, on CIFAR-10 at 96 pixels',
-    8: 'Detection of blood cells (BCCD): dense, shared, compressed',
+    7: 'The same as 2 for MobileNetV2 with ImageNet weights, on CIFAR-10 at 96 pixels.',
+    8: 'Detection of blood cells (BCCD): dense, shared, compressed.',
 }
 _AFTER = ('plain', 'calibrated', 'trained on')  # how the names of question 2 end
+_WAYS = """Made smaller at once (plain),
+repaired with unlabelled training images that each seed draws (calibrated), then trained
+for 2 epochs more (trained on). Size is the share of the parameters that is left for `share` and `torch-pruning`, the
+share of kernels pruned for `kernels`, and of each layer's channels removed for `channels` and `torch-pruning-cut`."""
 _INTRO = """# Results
 
 What was trained and compressed with this package: networks trained here, compared with each other. Published figures of
@@ -155,7 +159,7 @@ def compressions(question: int, rows: Rows, folder: Path) -> str:
     for (technique, size), kinds in sorted(ways.items(), key=lambda item: item[0][0]):
         first = next(iter(kinds.values()))[0]
         lines.append([technique, f'{size:g}', *size_cells(first), *(spread(kinds.get(kind, [])) for kind in _AFTER)])
-    return _part(question, list(filter(None, answer)), folder, table(
+    return _part(question, [*filter(None, answer), _WAYS], folder, table(
         ['technique', 'size', 'parameters', 'MACs', 'file', *(f'{kind}, % (seeds)' for kind in _AFTER)], lines))
 
 
