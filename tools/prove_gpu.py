@@ -50,10 +50,10 @@ def benchmarks(args: argparse.Namespace) -> Commands:
 def detector(args: argparse.Namespace) -> Commands:
     """AMP training by a config with all hooks."""
     few = [
-        'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'train_dataloader.dataset.size=64',
-        'train_dataloader.dataset.counts.train=8', 'val_dataloader.dataset.size=64',
-        'val_dataloader.dataset.counts.val=4', 'model.backbone.model_args.channels=(8,16,24,32)',
+        'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'model.backbone.model_args.channels=(8,16,24,32)',
         'model.backbone.model_args.shared_rank=4', 'custom_hooks.1.begin=0', 'custom_hooks.1.end=1',
+        *(f'{split}_dataloader.{key}' for split in ('train', 'val', 'test') for key in (
+            'batch_size=4', 'dataset.size=64', 'dataset.counts.train=8', 'dataset.counts.val=4')),
     ] if args.quick else []
     return {'training': [
         'tools/train_det.py', 'mmdet_configs/scenes/retinanet_resnet34_s8u1_pruned_scenes.py', '--amp', '--resume',
