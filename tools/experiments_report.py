@@ -199,9 +199,10 @@ def draw_networks(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def draw_compressions(
         ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]], start: float | None, path: Path) -> None:
     """Accuracy against the size of the file, one panel for each treatment, one line for each technique."""
-    figure, panels = new_figure((11, 4), columns=len(_AFTER))
+    treatments = [kind for kind in _AFTER if any(kind in kinds for kinds in ways.values())]
+    figure, panels = new_figure((1 + 4 * max(len(treatments), 1), 4), columns=max(len(treatments), 1))
     techniques = list(dict.fromkeys(technique for technique, _ in ways))
-    for axes, kind in zip(panels, _AFTER, strict=True):
+    for axes, kind in zip(panels, treatments, strict=False):
         for technique in techniques:
             points = sorted(
                 (kinds[kind][0]['bytes'] / 1e3, statistics.mean(map(score, kinds[kind])))
