@@ -22,6 +22,7 @@ from timm_lean.calibration.moments import Moments
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer, list_regularizers
+from timm_lean.regularizers.conv_similarity import _basis
 from timm_lean.training import TrainConfig, data, engine
 from timm_lean.training.task import RegularizedTask
 
@@ -51,6 +52,7 @@ class Waits(TorchDispatchMode):
 def waits():
     with FakeTensorMode(), CUDA, Waits() as mode:
         yield mode
+    _basis.cache_clear()  # it holds tensors of this mode
 
 
 def small():

@@ -111,7 +111,7 @@ def criteria(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
 def channel_pruning(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     dense = timm.create_model('resnet50').to(x.device).eval()
     graph = build_graph(dense, x[:1])
-    groups = channel_groups(graph, classifier_modules(dense))
+    groups, _ = channel_groups(graph, classifier_modules(dense))
     scores = {'spectral_norm of all channel groups of resnet50': SpectralImportance('spectral_norm'),
               "Torch-Pruning's magnitude importance": tp.importance.GroupMagnitudeImportance()}
     forms: Forms = {name: (lambda imp=imp: [imp(group) for group in groups]) for name, imp in scores.items()}
