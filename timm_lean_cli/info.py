@@ -10,6 +10,7 @@ HELP = 'parameters, MACs, file size and speed of a model'
 def add_arguments(p: argparse.ArgumentParser) -> None:
     add_model(p, 'timm name, checkpoint file or local-dir:DIR; a detector too')
     p.add_argument('--vs', action='append', default=[], metavar='MODEL', help='compare with this one (repeatable)')
+    p.add_argument('--shareable', action='store_true', help='how small `timm-lean share` could make the classifiers')
     p.add_argument('--latency', action='store_true', help='measure ms and peak memory on this device')
     p.add_argument('--plot', metavar='FILE', help='picture of accuracy against latency (with --latency) or MACs')
     add_data(p.add_argument_group('accuracy'))
@@ -41,6 +42,18 @@ def run(args: argparse.Namespace) -> None:
         reports = model_reports(sources, **measured)
         for source, model, report in zip(sources, models, reports, strict=False):
             report.top1 = evaluate_source(source, model, **options)['top1']
-    finish(args, [asdict(r) for r in reports], format_table(reports))
+    ranges = _shareable(args, sources) if args.shareable else ''
+    finish(args, [asdict(r) for r in reports], format_table(reports) + ranges)
     if args.plot:
         plot_tradeoff(reports, args.plot)
+
+
+def _shareable(args: argparse.Namespace, sources: list[str]) -> str:
+    from timm_lean.sharing import shareable_range
+    lines = []
+    for source in sources:
+        model = open_model(args, source)
+        kept, all_of_it = (shareable_range(model, classifier=classifier)[0] for classifier in (False, True))
+        lines.append(f'\n{source}: share can leave {100 * kept:.1f} % of the parameters, {100 * all_of_it:.1f} % with '
+                     '--classifier')
+    return ''.join(lines)

@@ -30,10 +30,11 @@ import timm_lean
 from timm_lean import LeanError
 from timm_lean.checkpoint.files import atomic_file
 from timm_lean.depth.images import open_source
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.measure import count_macs, inference, training_step
 from timm_lean.measure.timing import hardware, time_in_turn
 from timm_lean.pruning import SpectralImportance, all_scores, prune_channels
-from timm_lean.pruning.graph import build_graph, channel_groups, classifier_modules
+from timm_lean.pruning.graph import build_graph, channel_groups
 from timm_lean.regularizers import create_regularizer
 from timm_lean.training.device import resolve_device
 

@@ -7,9 +7,11 @@ that the branch ends in (`walk`). Batch norm statistics are measured anew where 
 """
 from .batchnorm import insert_norms
 from .calibrate import calibrate
-from .inputs import input_covariances, output_scores, output_spectra
+from .groups import LARGEST
+from .inputs import group_covariances, input_covariances, output_scores
 from .report import CalibrationReport, LayerFit
+from .shared import whitened
 
 __all__ = [
-    'CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores',
-    'output_spectra']
+    'LARGEST', 'CalibrationReport', 'LayerFit', 'calibrate', 'group_covariances', 'input_covariances', 'insert_norms',
+    'output_scores', 'whitened']

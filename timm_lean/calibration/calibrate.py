@@ -17,7 +17,7 @@ from .batchnorm import reestimate
 from .fleet import Fleet, Ship, fleet
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, pick_positions
-from .layers import LinearMap, is_layer, linear_map, patches, rows_of
+from .layers import LinearMap, is_layer, linear_map, rows_of, unfolded
 from .moments import Moments, all_reduce, is_distributed
 from .report import CalibrationReport, LayerFit
 from .walk import Join, Survey, evaluation
@@ -188,7 +188,7 @@ class _Calibration:
             helps = errors < held.error  # filter by filter
             change = change * helps[..., None]
             after = float(torch.where(helps, errors, held.error).sum())
-            shift = change[..., -1].flatten() if layer.bias and norm is not None else None
+            shift = layer.shift(change) if layer.bias and norm is not None else None
             layer.assign(layer.weight + change)
             for join in joins:
                 if join is not None:
@@ -215,9 +215,9 @@ class _Calibration:
         def sampled(y: torch.Tensor) -> torch.Tensor:
             return _at(rows_of(layer.layer, y), chosen)
 
-        channels = self._channels(name, rows0.shape[2], layer)
         inputs = layer.inputs(here.inputs, chosen)
-        outputs = torch.einsum('ngd,god->ngo', inputs, layer.weight).flatten(1)
+        outputs = layer.outputs(inputs)
+        channels = self._channels(name, rows0.shape[2], outputs.shape[1])
         targets = sampled(there.outputs)[:, channels]
         if norm is not None and norm0 is not None:
             targets = _through_norms(targets, norm0, norm, channels)
@@ -227,16 +227,13 @@ class _Calibration:
             scale = torch.ones_like(gap[0]) if here.scale is None else here.scale
             usable = scale.abs() > _NEAR_ZERO * scale.abs().max()
             targets = torch.where(usable, outputs + gap / torch.where(usable, scale, 1.), targets)
-        lacking = targets - outputs
-        shape = (len(inputs), layer.groups, layer.filters)
-        return inputs, lacking.view(shape), targets.view(shape), here if joined else None
+        return inputs, layer.onto(targets - outputs), layer.onto(targets), here if joined else None
 
     def _positions(self, count: int, inputs: int, index: int, ship: Ship) -> torch.Tensor | None:
         return pick_positions(
             count, self.positions, inputs, self.images, 1_000_003 * index + ship.index, self.device)
 
-    def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
-        here = layer.groups * layer.filters
+    def _channels(self, name: str, there: int, here: int) -> Any:
         if name in self.kept:
             index = torch.as_tensor(self.kept[name], dtype=torch.long, device=self.device)
             if len(index) == here and (not here or int(index.max()) < there):
@@ -271,7 +268,7 @@ class _Calibration:
                     here = there if first else ship.walks[1].to(name, call)
                     layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
                     chosen = self._positions(rows.shape[1], group.size, index, ship)
-                    inputs = patches(layer, here.inputs, chosen)
+                    inputs = unfolded(layer, here.inputs, chosen)[:, 0]
                     held = ship.held.repeat_interleave(len(inputs) // len(ship.held))
                     group.add(name, inputs, _at(rows, chosen), held)
                 left[name] -= 1

@@ -11,8 +11,8 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 
+from .filter_basis import FilterBasis
 from .patterns import Patterns, match_names, some_names
-from .shared_basis import FilterBasis
 
 __all__ = ['FilterBank', 'Patterns', 'check_finite', 'find_filter_banks']
 

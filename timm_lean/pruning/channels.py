@@ -17,12 +17,13 @@ from timm.layers import EcaModule
 from timm_lean.calibration import calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
 from timm_lean.layers.lean_report import LeanReport, changed_params, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.measure import count_macs, count_params
 
-from .graph import build_graph, channel_group, channel_groups, classifier_modules, conv_groups, is_consistent
+from .graph import build_graph, channel_group, channel_groups, conv_groups, is_consistent
 from .importance import SpectralImportance
 from .resize import record_resize
 from .sizes import ModelSizes

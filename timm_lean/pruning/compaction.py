@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from timm_lean.calibration import calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.measure import count_macs, count_params
 
-from .graph import build_graph, channel_group, channel_groups, classifier_modules, is_consistent
+from .graph import build_graph, channel_group, channel_groups, is_consistent
 from .resize import record_resize
 from .sizes import ModelSizes
 from .tracker import ChannelTracker

@@ -19,9 +19,9 @@ import torch_pruning as tp
 from torch_pruning.dependency import Dependency
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
 
-__all__ = ['build_graph', 'channel_group', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
+__all__ = ['build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent']
 
 
 class SharedBasisPruner(tp.BasePruningFunc):
@@ -31,7 +31,7 @@ class SharedBasisPruner(tp.BasePruningFunc):
     def prune_out_channels(self, layer: SharedBasisConv2d, idxs: Sequence[int]) -> nn.Module:
         keep = _keep(layer.out_channels, idxs)
         layer.out_channels = len(keep)
-        if isinstance(layer.coeff, nn.Conv2d):
+        if layer.has_coefficients:
             tp.prune_conv_out_channels(layer.coeff, list(idxs))
             return layer
         if layer.basis is not None and layer.basis.num_filters != len(keep):
@@ -96,6 +96,9 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
     for layer in shared:
         if any(bank.groups > 1 for bank in layer.banks()):
             raise LeanError('Channels of grouped shared bases cannot be pruned.')
+        if isinstance(layer, SharedBasisLinear) or isinstance(layer.coeff, SharedCoefficients):
+            raise LeanError('Channels of linear layers and of 1 x 1 convolutions that share factors cannot be pruned. '
+                            'Prune channels first: prune_channels(), then share().')
     pruner = SharedBasisPruner()
     for p in model.parameters():
         p.requires_grad_(True)
@@ -116,7 +119,7 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
             by_basis.setdefault(id(layer.basis), []).append(layer)
     for layers in by_basis.values():
         ties = [pruner.prune_in_channels]
-        if not isinstance(layers[0].coeff, nn.Conv2d):
+        if not layers[0].has_coefficients:
             ties.append(pruner.prune_out_channels)
         for a, b in pairwise(layers):
             for source, target in ((a, b), (b, a)):
@@ -205,11 +208,3 @@ def is_consistent(group: Any) -> bool:
         if sorted(set(idxs)) != list(range(count)) if whole else max(idxs, default=0) >= count:
             return False
     return True
-
-
-def classifier_modules(model: nn.Module) -> list[nn.Module]:
-    """The classifier of a timm model, whose outputs are classes and no channels."""
-    get = getattr(model, 'get_classifier', None)
-    head = get() if callable(get) else None
-    heads = head if isinstance(head, (tuple, list)) else [head]
-    return [m for h in heads if isinstance(h, nn.Module) for m in h.modules()]
