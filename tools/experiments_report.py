@@ -32,10 +32,10 @@ QUESTIONS = {
     8: 'Detection of blood cells (BCCD): dense, shared, compressed.',
 }
 _AFTER = ('plain', 'calibrated', 'trained on')  # how the names of question 2 end
-_WAYS = """Made smaller at once (plain),
-repaired with unlabelled training images that each seed draws (calibrated), then trained
-for 2 epochs more (trained on). Size is the share of the parameters that is left for `share` and `torch-pruning`, the
-share of kernels pruned for `kernels`, and of each layer's channels removed for `channels` and `torch-pruning-cut`."""
+_WAYS = """Made smaller at once (plain), repaired with unlabelled training images that each seed draws (calibrated),
+then trained for 2 epochs more (trained on); compare techniques within one of these columns only. Accuracy is on all
+test images. Size is the share of the parameters that is left for `share` and `torch-pruning`, the share of
+kernels pruned for `kernels`, and of each layer's channels removed for `channels` and `torch-pruning-cut`."""
 _INTRO = """# Results
 
 What was trained and compressed with this package: networks trained here, compared with each other. Published figures of
