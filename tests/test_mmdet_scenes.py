@@ -9,7 +9,7 @@ from PIL import Image
 
 from timm_lean import LeanError
 from timm_lean.mmdet import DigitScenes, write_scenes
-from timm_lean.mmdet.scenes import _digits
+from timm_lean.training.data import digits_split
 
 COUNTS = dict(train=6, val=3)
 
@@ -40,7 +40,7 @@ def test_boxes_surround_bright_strokes(tmp_path):
 
 
 def test_validation_has_other_digits():
-    (train, _), (val, labels) = _digits('train'), _digits('val')
+    (train, _), (val, labels) = digits_split('train'), digits_split('val')
     assert len(train) + len(val) == 1797 and len(set(labels)) == 10
     assert len(val) == 360
 

@@ -160,7 +160,7 @@ def test_failed_save_keeps_the_last_one(tmp_path, monkeypatch):
     before = (tmp_path / 'run' / 'resume.pt').read_bytes()
 
     def broken(*args, **kwargs):
-        Path(args[1]).write_bytes(b'half')
+        args[1].write(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(torch, 'save', broken)

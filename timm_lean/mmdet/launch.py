@@ -99,6 +99,8 @@ def _test(args: argparse.Namespace) -> None:
         cfg.default_hooks['visualization'] = dict(
             type='DetVisualizationHook', draw=True, show=args.show, wait_time=args.wait_time,
             test_out_dir=str(Path(args.show_dir).absolute()) if args.show_dir else None)
+        if not cfg.get('visualizer'):  # a file says none, for it says where to write
+            cfg.visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
     if args.tta:
         _augment(cfg)
     with registry_errors():
