@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import calibrate, output_scores, output_spectra
+from timm_lean.calibration import Calibration, calibrate, output_scores, output_spectra
 from timm_lean.calibration.layers import LinearMap
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
@@ -281,7 +281,7 @@ def test_too_little_memory(images, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
     monkeypatch.setattr(LinearMap, 'inputs', full)
-    with pytest.raises(LeanError, match=r'memory_limit=4e\+09 bytes.*lower it'):
+    with pytest.raises(LeanError, match=r'memory_limit=2e\+09 bytes.*lower it'):
         calibrate(pruned(original), original, [images])
 
 
@@ -313,6 +313,73 @@ def test_another_original(images):
         calibrate(pruned(network()), network(layers=(2, 1)), [images])
 
 
+def test_an_original_with_other_weights(images):
+    """Trained apart, or another classifier; a network that has been trained or calibrated since is fine."""
+    original = network()
+    model = pruned(original)
+    with pytest.raises(LeanError, match=r"weights of 'conv1' are not those of the original"):
+        calibrate(model, network(seed=1), [images])
+    other = copy.deepcopy(original)
+    nn.init.normal_(other.fc.weight)
+    with pytest.raises(LeanError, match=r"weights of 'fc' are not.*0 other layers"):
+        calibrate(model, other, [images])
+    again = calibrate(calibrate(model, original, [images]), original, [images])
+    assert error(again, original, images) < error(model, original, images)
+
+
+class Detector(nn.Module):
+    """A head shared by levels of a pyramid, another for boxes of one level, and a forward that asks for more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.down = nn.Conv2d(8, 8, 3, 2, 1)
+        self.head = nn.Conv2d(8, 8, 3, padding=1)
+        self.boxes = nn.Linear(8, 4)
+
+    def forward(self, inputs, samples, mode):
+        assert mode == 'tensor'
+        levels = [self.stem(inputs).relu()]
+        levels.append(self.down(levels[0]).relu())
+        rois = torch.cat([levels[0][[i], :, y:y + 3, x:x + 3] for i, rows in enumerate(samples) for y, x in rows])
+        return {'scores': tuple(self.head(level) for level in levels), 'boxes': self.boxes(rois.mean((2, 3)))}
+
+
+def test_a_network_with_a_forward_of_its_own(images):
+    """Batches are not looked into; a head that is called twice, and one that sees another number of rows."""
+    torch.manual_seed(0)
+    original = Detector().eval()
+    model = prune_kernels(original, amount=0.4)
+    batches = [{'inputs': x, 'samples': [[(0, 1), (2, 3)], [(4, 4)], [], [(1, 1)]]} for x in images.split(4)]
+
+    def forward(network, batch):
+        return network(**batch, mode='tensor')
+
+    new = calibrate(model, original, batches, forward=forward)
+    report = new.calibration_report
+    assert (report.images, report.held_out) == (48, 16)
+    assert {layer.name: layer.samples for layer in report.layers}['boxes'] == 12 * 4
+    lost = [sum(float((a - b).square().sum()) for batch in batches[3::4] for a, b in zip(
+        nn.utils.parameters_to_vector(n(**batch, mode='tensor')['scores']).split(100),
+        nn.utils.parameters_to_vector(original(**batch, mode='tensor')['scores']).split(100), strict=True))
+        for n in (model, new)]
+    assert lost[1] < 0.7 * lost[0] and report.after < report.before
+    again = prune_kernels(original, amount=0.4, calibration=Calibration(batches, forward, positions=20))
+    assert again.calibration_report.after < report.before
+    assert all(layer.samples <= 48 * 2 * 20 for layer in again.calibration_report.layers)
+    for wrong, message in ((batches[:3], 'every fourth is held out'), ([{'inputs': images}] * 4, 'run by forward=')):
+        with pytest.raises(LeanError, match=message):
+            calibrate(model, original, wrong, forward=forward)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'positions': 0}, 'positions of calibration'), ({'rounds': 1.5}, 'rounds of'), ({'ridge': -1}, 'ridge of'),
+    ({'memory_limit': float('nan')}, 'memory_limit of')])
+def test_options_that_cannot_be_meant(images, options, message):
+    with pytest.raises(LeanError, match=message):
+        calibrate(network(), network(), [images], **options)
+
+
 def test_labels_are_not_looked_at_and_batches_do_not_matter(images):
     original = network()
     model = pruned(original)
@@ -331,7 +398,7 @@ def test_labels_are_not_looked_at_and_batches_do_not_matter(images):
 def test_the_last_layers_of_residual_branches(name, ends):
     model = timm.create_model(name).eval()
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    assert list(Survey().run(model, convs, torch.randn(1, 3, 64, 64)).joins) == ends
+    assert list(Survey().run(model, convs, lambda: model(torch.randn(2, 3, 64, 64))).joins) == ends
 
 
 def test_a_walk_stops_where_it_is_told():

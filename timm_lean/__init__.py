@@ -3,15 +3,16 @@
 Importing this package registers its models with timm.
 """
 from . import models, pruning, sharing  # what registers models or recipe steps
+from .calibration import Calibration, calibrate
 from .checkpoint.format import load_model, save_hf_dir, save_model
 from .errors import CheckpointError, LeanError, OutputError
-from .pruning import compact, keep_zeros, prune_channels, prune_kernels
+from .pruning import compact, keep_zeros, prune_channels, prune_kernels, remove_blocks
 from .regularizers import create_regularizer
 from .sharing import fold, share
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'LeanError', 'OutputError', '__version__', 'compact', 'create_regularizer', 'fold', 'keep_zeros',
-    'load_model', 'models', 'prune_channels', 'prune_kernels', 'pruning', 'save_hf_dir', 'save_model', 'share',
-    'sharing',
+    'Calibration', 'CheckpointError', 'LeanError', 'OutputError', '__version__', 'calibrate', 'compact',
+    'create_regularizer', 'fold', 'keep_zeros', 'load_model', 'models', 'prune_channels', 'prune_kernels', 'pruning',
+    'remove_blocks', 'save_hf_dir', 'save_model', 'share', 'sharing',
 ]

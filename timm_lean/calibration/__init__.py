@@ -9,7 +9,8 @@ from .batchnorm import insert_norms
 from .calibrate import calibrate
 from .inputs import input_covariances, output_scores, output_spectra
 from .report import CalibrationReport, LayerFit
+from .settings import Calibration
 
 __all__ = [
-    'CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores',
+    'Calibration', 'CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores',
     'output_spectra']

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .fleet import fleet
+from .fleet import fleet, survey
 from .images import Chunk, load_chunks
 from .moments import all_reduce
-from .walk import Survey, evaluation
+from .settings import Calibration
+from .walk import evaluation
 
 __all__ = ['insert_norms', 'reestimate']
 
@@ -31,7 +32,7 @@ def reestimate(model: nn.Module, chunks: Sequence[Chunk], memory_limit: float) -
     norms = [name for name, module in model.named_modules()
              if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
              and all(p.requires_grad for p in module.parameters())]
-    seen = [Chunk(chunk.images[~chunk.held], chunk.held[~chunk.held]) for chunk in chunks if not bool(chunk.held.all())]
+    seen = [part for chunk in chunks if (part := chunk.part(held=False)) is not None]
     with evaluation(model):
         for name, mean, variance in _measure(model, norms, seen, memory_limit):
             norm: Any = model.get_submodule(name)
@@ -41,7 +42,7 @@ def reestimate(model: nn.Module, chunks: Sequence[Chunk], memory_limit: float) -
 
 
 @torch.no_grad()
-def insert_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any]) -> None:
+def insert_norms(model: nn.Module, names: Sequence[str], calibration: Calibration | Iterable[Any]) -> None:
     """Fill new batch norms in place so that they change nothing: weight and bias undo the statistics.
 
     What they are given is measured as training would see it, with all other batch norms normalizing by the batch. So
@@ -51,7 +52,7 @@ def insert_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any])
     Args:
         model: The network.
         names: Its new batch norms.
-        batches: Images `[B, C, H, W]`, or tuples that start with them.
+        calibration: Images, see `Calibration`.
 
     Raises:
         LeanError: As `load_chunks`.
@@ -64,7 +65,7 @@ def insert_norms(model: nn.Module, names: Sequence[str], batches: Iterable[Any])
         for name in names:
             norm: Any = copy.get_submodule(name).eval()
             norm.weight.fill_((1 + norm.eps) ** 0.5)  # with mean 0 and variance 1 it passes everything on
-        for name, mean, variance in _measure(copy, names, load_chunks(batches)):
+        for name, mean, variance in _measure(copy, names, load_chunks(Calibration.of(calibration))):
             norm = model.get_submodule(name)
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
@@ -76,9 +77,9 @@ def _measure(
         model: nn.Module, names: Sequence[str], chunks: Sequence[Chunk], memory_limit: float = float('inf'),
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Mean and variance of what each batch norm is given; what is done to it meanwhile has its effect on the next."""
-    survey = Survey().run(model, names, chunks[0].images[:1].to(next(model.parameters()).device))
-    with fleet([model], names, chunks, survey, memory_limit) as ships:
-        for name, joined in survey.order:
+    met = survey(model, names, chunks)
+    with fleet([model], names, chunks, met, memory_limit) as ships:
+        for name, joined in met.order:
             if not joined:
                 yield name, *_pooled([ship.walks[0].to(name).inputs for ship in ships.at(name)])
 

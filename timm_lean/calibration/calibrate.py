@@ -14,13 +14,15 @@ from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.shared_basis import bn_scale_shift
 
 from .batchnorm import reestimate
-from .fleet import Fleet, Ship, fleet
+from .fleet import Fleet, Ship, fleet, survey
 from .groups import BasisGroup, find_groups
-from .images import Chunk, load_chunks, pick_positions
+from .images import Chunk, load_chunks, of_samples, pick_positions
 from .layers import LinearMap, is_layer, linear_map, patches, rows_of
 from .moments import Moments, all_reduce, is_distributed
+from .origin import check_origin
 from .report import CalibrationReport, LayerFit
-from .walk import Join, Survey, evaluation
+from .settings import Calibration
+from .walk import Join, evaluation
 
 __all__ = ['calibrate']
 
@@ -32,30 +34,20 @@ _NEAR_ZERO = 1e-3  # scale of a channel, relative to the largest, that a target 
 def calibrate(
         model: nn.Module,
         original: nn.Module,
-        batches: Iterable[Any],
+        batches: Calibration | Iterable[Any],
         *,
         kept: Mapping[str, Sequence[int]] | None = None,
-        ridge: float = 1e-3,
-        rounds: int = 2,
-        positions: int = 64,
-        reestimate_bn: bool = True,
-        memory_limit: float = 4e9,
-        progress: bool = False,
+        **options: Any,
 ) -> nn.Module:
     """Choose a compressed network's weights anew, so that its layers give what the original's give.
 
     Args:
         model: The compressed network; it is not changed.
         original: The network it was made from.
-        batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them. A quarter is held out.
+        batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them; or a `Calibration`.
         kept: Output channels that are left of the original's, by layer; for layers that lost channels.
-        ridge: Penalty on a change of weights, relative to the mean square of a layer's inputs.
-        rounds: Rounds of fitting shared bases jointly and then all layers front to back. Without shared bases one is
-            enough, and one is made.
-        positions: Positions of each image that a layer is fitted to, at most; fewer where they are more than enough.
-        reestimate_bn: Measure the batch norms' statistics anew at the end, if that lowers the output error.
-        memory_limit: Bytes that activations may take.
-        progress: Show a progress bar.
+        **options: Options of `Calibration`: `forward`, `ridge`, `rounds`, `positions`, `reestimate_bn`, `memory_limit`,
+            `progress`.
 
     Returns:
         A new network in the mode of the given one, with `.calibration_report`.
@@ -64,57 +56,56 @@ def calibrate(
         LeanError: No images or unusable ones, an original that is not the network's, lost channels without `kept`, or
             too little memory.
     """
-    chunks = load_chunks(batches)
+    setting = Calibration.of(batches, **options)
+    chunks = load_chunks(setting)
     new = deepcopy(model)
     try:
         with evaluation(original, new):
-            _Calibration(new, original, chunks, dict(kept or {}), ridge, positions, memory_limit, progress).run(
-                rounds, reestimate_bn)
+            _Fit(new, original, chunks, dict(kept or {}), setting).run()
     except (RuntimeError, MemoryError) as e:  # torch's errors of both kinds of memory are RuntimeErrors
         if isinstance(e, MemoryError) or any(text in str(e) for text in ('out of memory', "can't allocate memory")):
-            raise LeanError(f'Calibration ran out of memory with memory_limit={memory_limit:g} bytes for activations: '
-                            'lower it, or give fewer images.') from e
+            raise LeanError(f'Calibration ran out of memory with memory_limit={setting.memory_limit:g} bytes for '
+                            'activations: lower it, or give fewer images.') from e
         raise
     return new
 
 
-class _Calibration:
+class _Fit:
     """One calibration, in place."""
 
     def __init__(
             self, new: nn.Module, original: nn.Module, chunks: list[Chunk], kept: dict[str, Sequence[int]],
-            ridge: float, positions: int, memory_limit: float, progress: bool):
-        self.new, self.original, self.chunks, self.kept = new, original, chunks, kept
-        self.ridge, self.positions, self.limit, self.progress = ridge, positions, memory_limit, progress
+            setting: Calibration):
+        self.new, self.original, self.chunks, self.kept, self.setting = new, original, chunks, kept, setting
         self.device = next(new.parameters()).device
         self.images = sum(len(chunk.held) for chunk in chunks)
         self.names = [name for name, module in new.named_modules() if is_layer(module)]
         inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
         self.names = [name for name in self.names if not name.startswith(tuple(inside))]
-        self._check()
+        check_origin(new, original, self.names, kept)
         uses = Counter(id(p) for module in new.modules() for p in module.parameters(recurse=False))
         # one weight in two layers has no one right value; shared bases are fitted as such
         self.tied = {name for name in self.names if any(
             uses[id(p)] > 1 for p in new.get_submodule(name).parameters(recurse=False))}
-        image = chunks[0].images[:1].to(self.device)
         try:
-            self.survey, self.survey0 = (Survey().run(network, self.names, image) for network in (new, original))
+            self.survey, self.survey0 = (survey(network, self.names, chunks) for network in (new, original))
             self.truth = self._outputs(original)
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-            sizes = sorted({tuple(chunk.images.shape[1:]) for chunk in chunks})
-            raise LeanError(f'{type(new).__name__} does not take the calibration images {str(sizes)[1:-1]}: '
+            what = ('calibration batches, run by forward=' if setting.forward is not None else
+                    f'calibration images {str(sorted({tuple(chunk.batch.shape[1:]) for chunk in chunks}))[1:-1]}')
+            raise LeanError(f'{type(new).__name__} does not take the {what}: '
                             f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
         self.joins = self.survey.joins.keys() & self.survey0.joins.keys()
         self.norms = _by_running_mean(new), _by_running_mean(original)
 
-    def run(self, rounds: int, reestimate_bn: bool) -> None:
+    def run(self) -> None:
         report = CalibrationReport()
         report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
         report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
         report.before = report.after = self._output_error()
         groups = find_groups(self.new, self.original, [name for name in self.names if name in self.survey.counts])
         best = _state(self.new)
-        for number in range(rounds if groups else 1):
+        for number in range(self.setting.rounds if groups else 1):
             fits: list[LayerFit] = []
             if groups:
                 fits += self._fit_groups(groups, first=number == 0)
@@ -124,7 +115,7 @@ class _Calibration:
                 _restore(self.new, best)
                 break
             report.after, report.layers, report.rounds, best = error, fits, number + 1, _state(self.new)
-        if reestimate_bn and reestimate(self.new, self.chunks, self.limit):
+        if self.setting.reestimate_bn and reestimate(self.new, self.chunks, self.setting.memory_limit):
             error = self._output_error()
             report.reestimated = error < report.after
             if report.reestimated:
@@ -133,15 +124,9 @@ class _Calibration:
                 _restore(self.new, best)
         self.new.calibration_report = report  # type: ignore[assignment]
 
-    def _check(self) -> None:
-        there = dict(self.original.named_modules())
-        for name in self.names:
-            if name not in there:
-                raise LeanError(f'The original has no layer {name!r}: {type(self.original).__name__} is not the '
-                                f'network that {type(self.new).__name__} was made from.')
-
     def _fleet(self) -> Any:
-        return fleet((self.original, self.new), self.names, self.chunks, self.survey, self.limit, self.joins)
+        networks = self.original, self.new
+        return fleet(networks, self.names, self.chunks, self.survey, self.setting.memory_limit, self.joins)
 
     # front to back -------------------------------------------------------------------------------------------------
 
@@ -149,7 +134,8 @@ class _Calibration:
         points = [(name, joined) for name, joined in self.survey.order if joined == (name in self.joins)]
         fits = []
         with self._fleet() as ships:
-            for index, (name, joined) in enumerate(tqdm(points, 'calibrate', disable=not self.progress, leave=False)):
+            bar = tqdm(points, 'calibrate', disable=not self.setting.progress, leave=False)
+            for index, (name, joined) in enumerate(bar):
                 fit = self._fit_layer(ships, index, name, joined)
                 if fit is not None:
                     fits.append(fit)
@@ -175,7 +161,7 @@ class _Calibration:
                 if not both:
                     few = self.images * calls * each < layer.size and not is_distributed()
                     both = [Moments(layer.groups, layer.filters, layer.size, few, self.device) for _ in range(2)]
-                mask = ship.held.repeat_interleave(each)
+                mask = of_samples(ship.held, len(inputs))
                 for moments, chosen in zip(both, (~mask, mask), strict=True):
                     moments.add(inputs[chosen], lacking[chosen], targets[chosen])
         for moments in both:
@@ -183,7 +169,7 @@ class _Calibration:
         train, held = both
         change, before, after = None, float(held.error.sum()), float(held.error.sum())
         if before > LOSSLESS ** 2 * float(held.energy.sum()):
-            change = train.solve(self.ridge, layer.free, layer.bias)
+            change = train.solve(self.setting.ridge, layer.free, layer.bias)
             errors = held.error_after(change)
             helps = errors < held.error  # filter by filter
             change = change * helps[..., None]
@@ -233,7 +219,7 @@ class _Calibration:
 
     def _positions(self, count: int, inputs: int, index: int, ship: Ship) -> torch.Tensor | None:
         return pick_positions(
-            count, self.positions, inputs, self.images, 1_000_003 * index + ship.index, self.device)
+            count, self.setting.positions, inputs, self.images, 1_000_003 * index + ship.index, self.device)
 
     def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
         here = layer.groups * layer.filters
@@ -272,11 +258,11 @@ class _Calibration:
                     layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
                     chosen = self._positions(rows.shape[1], group.size, index, ship)
                     inputs = patches(layer, here.inputs, chosen)
-                    held = ship.held.repeat_interleave(len(inputs) // len(ship.held))
+                    held = of_samples(ship.held, len(inputs))
                     group.add(name, inputs, _at(rows, chosen), held)
                 left[name] -= 1
                 if not any(left[other] for other in group.names):
-                    fits.append(group.fit(self.ridge, first))
+                    fits.append(group.fit(self.setting.ridge, first))
         return fits
 
     # the network's output ------------------------------------------------------------------------------------------
@@ -285,18 +271,22 @@ class _Calibration:
         """A network's outputs for the held-out images."""
         outputs = []
         for chunk in self.chunks:
-            if bool(chunk.held.any()):
-                leaves = tree_leaves(network(chunk.images[chunk.held].to(self.device)))
-                outputs.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            if (part := chunk.part(held=True)) is not None:
+                outputs.append([leaf for leaf in tree_leaves(part.run(network))
+                                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()])
         return outputs
 
     def _output_error(self) -> float:
-        sums = torch.zeros(2, dtype=torch.float64)
+        """Relative error on held-out images; of several outputs the root of the mean square."""
+        sums = torch.zeros(2, max(map(len, self.truth), default=1), dtype=torch.float64)
         for outputs, truth in zip(self._outputs(self.new), self.truth, strict=True):
-            for a, b in zip(outputs, truth, strict=True):
-                sums += torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()]).cpu()
+            if [a.shape for a in outputs] != [b.shape for b in truth]:
+                raise LeanError('The outputs of the two networks for the same images differ in number or shape: the '
+                                'original is another network, or forward= chooses boxes, where it must return all.')
+            for index, (a, b) in enumerate(zip(outputs, truth, strict=True)):
+                sums[:, index] += torch.stack([(a.double() - b).square().sum(), b.double().square().sum()]).cpu()
         all_reduce([sums])
-        return float((sums[0] / sums[1].clamp_min(1e-30)).sqrt())
+        return float((sums[0] / sums[1].clamp_min(1e-30)).mean().sqrt())
 
 
 def _at(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn as nn
 from .images import Chunk
 from .walk import Survey, Walk, hooked
 
-__all__ = ['Fleet', 'Ship', 'fleet']
+__all__ = ['Fleet', 'Ship', 'fleet', 'survey']
 
 
 @dataclass
@@ -63,9 +63,9 @@ class Fleet:
             images += len(chunk.held)
             if self._ships and images > room:
                 break
-            x = chunk.images.to(self.device)
-            walks = [Walk(lambda network=network, x=x: network(x), self.joined)  # type: ignore[misc]
-                     for network in self.networks]
+            batch = chunk.on(self.device)
+            walks = [Walk(lambda run=chunk.forward, network=network, batch=batch: run(network, batch),  # type: ignore
+                          self.joined) for network in self.networks]
             self._ships.append(Ship(index, chunk.held.to(self.device), walks))
         return self._ships
 
@@ -75,6 +75,13 @@ class Fleet:
             for walk in ship.walks:
                 walk.close()
         self._ships = []
+
+
+def survey(network: nn.Module, names: Sequence[str], chunks: Sequence[Chunk]) -> Survey:
+    """What a pass of a network in eval mode meets at the named layers."""
+    sample = chunks[0].sample()
+    count = len(sample.held)
+    return Survey().run(network, names, lambda: sample.run(network), count, sample.bytes // count)
 
 
 @contextmanager

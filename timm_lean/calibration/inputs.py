@@ -12,12 +12,13 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 
-from .fleet import fleet
+from .fleet import fleet, survey
 from .images import load_chunks, pick_positions
 from .layers import is_layer, patches
 from .moments import all_reduce
+from .settings import Calibration
 from .shared import whitened
-from .walk import Survey, evaluation
+from .walk import evaluation
 
 __all__ = ['input_covariances', 'output_scores', 'output_spectra']
 
@@ -26,40 +27,36 @@ __all__ = ['input_covariances', 'output_scores', 'output_spectra']
 def input_covariances(
         model: nn.Module,
         names: Sequence[str],
-        batches: Iterable[Any],
-        *,
-        positions: int = 64,
-        ridge: float = 1e-3,
-        memory_limit: float = 4e9,
+        calibration: Calibration | Iterable[Any],
+        **options: Any,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Covariances of what the filters of convolutions see, over all images and calls.
 
     Args:
         model: The network.
         names: Its convolutions.
-        batches: Images `[B, C, H, W]`, or tuples that start with them.
-        positions: Positions of each image and layer, at most.
-        ridge: Added to the diagonal, relative to its mean.
-        memory_limit: Bytes that activations may take.
+        calibration: Images, see `Calibration`; `ridge` is added to the diagonal, relative to its mean.
+        **options: Options of `Calibration`.
 
     Yields:
         Name and covariance `[groups, d, d]` in float64, as soon as a layer has been called for the last time.
     """
-    chunks = load_chunks(batches)
+    setting = Calibration.of(calibration, **options)
+    chunks = load_chunks(setting)
     device = next(model.parameters()).device
     images = sum(len(chunk.held) for chunk in chunks)
     with evaluation(model):
-        survey = Survey().run(model, names, chunks[0].images[:1].to(device))
-        left = dict(survey.counts)
+        met = survey(model, names, chunks)
+        left = dict(met.counts)
         sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        with fleet([model], names, chunks, survey, memory_limit) as ships:
-            for index, (name, call) in enumerate(survey.calls):
+        with fleet([model], names, chunks, met, setting.memory_limit) as ships:
+            for index, (name, call) in enumerate(met.calls):
                 layer: Any = model.get_submodule(name)
                 for ship in ships.at(name, call):
                     stop = ship.walks[0].to(name, call, 'after')
                     count = stop.outputs[0, 0].numel()
-                    chosen = pick_positions(
-                        count, positions, layer.weight[0].numel(), images, 1_000_003 * index + ship.index, device)
+                    chosen = pick_positions(count, setting.positions, layer.weight[0].numel(), images,
+                                            1_000_003 * index + ship.index, device)
                     x = patches(layer, stop.inputs, chosen).unflatten(1, (layer.groups, -1)).transpose(0, 1)
                     gram, total, number = (x.mT @ x).double(), x.double().sum(1), x.new_tensor(x.shape[1]).double()
                     before = sums.get(name)
@@ -68,19 +65,20 @@ def input_covariances(
                 left[name] -= 1
                 if not left[name]:
                     all_reduce(list(sums[name]))
-                    yield name, _covariance(*sums.pop(name), ridge)
+                    yield name, _covariance(*sums.pop(name), setting.ridge)
 
 
 @torch.no_grad()
 def output_scores(
-        model: nn.Module, names: Sequence[str], batches: Iterable[Any], **options: Any) -> dict[str, torch.Tensor]:
+        model: nn.Module, names: Sequence[str], calibration: Calibration | Iterable[Any], **options: Any,
+) -> dict[str, torch.Tensor]:
     """By how much a layer's output error grows if a kernel goes, relative to the mean of the layer's kernels.
 
     Args:
         model: The network.
         names: Its convolutions.
-        batches: Images `[B, C, H, W]`, or tuples that start with them.
-        **options: As for `input_covariances`.
+        calibration: Images, see `Calibration`.
+        **options: Options of `Calibration`.
 
     Returns:
         Scores `[N, C / groups]` in float64 by name.
@@ -94,20 +92,20 @@ def output_scores(
             raise LeanError(f"The criterion 'output' scores plain convolutions, and {name!r} is a "
                             f'{type(layer).__name__}. Prune before sharing, or leave it out by exclude.')
     return {name: _scores(model.get_submodule(name), covariance)
-            for name, covariance in input_covariances(model, names, batches, **options)}
+            for name, covariance in input_covariances(model, names, calibration, **options)}
 
 
 @torch.no_grad()
 def output_spectra(
-        model: nn.Module, groups: Sequence[Sequence[str]], batches: Iterable[Any], **options: Any,
+        model: nn.Module, groups: Sequence[Sequence[str]], calibration: Calibration | Iterable[Any], **options: Any,
 ) -> list[torch.Tensor]:
     """Singular values of the stacked filters of groups of convolutions, by the energy of their outputs.
 
     Args:
         model: The network.
         groups: Names of ungrouped convolutions of one shape, group by group.
-        batches: Images `[B, C, H, W]`, or tuples that start with them.
-        **options: As for `input_covariances`.
+        calibration: Images, see `Calibration`.
+        **options: Options of `Calibration`.
 
     Returns:
         For each group `[min(layers * out, d)]`: the sum of squares beyond the r-th is the share of the outputs' energy
@@ -116,7 +114,7 @@ def output_spectra(
     spectra: dict[int, torch.Tensor] = {}
     group_of = {name: index for index, names in enumerate(groups) for name in names}
     waiting: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(groups))}
-    for name, covariance in input_covariances(model, list(group_of), batches, **options):
+    for name, covariance in input_covariances(model, list(group_of), calibration, **options):
         index = group_of[name]
         waiting[index][name] = covariance[0]
         if len(waiting[index]) == len(groups[index]):

@@ -199,14 +199,23 @@ class Survey:
         self._spoiled: set[str] = set()
         self._partners: dict[str, str] = {}
 
-    def run(self, model: nn.Module, names: Iterable[str], image: torch.Tensor) -> 'Survey':
-        """Survey a model in eval mode with two copies of one image `[1, C, H, W]`."""
-        images = torch.cat([image, image])
-        self._image = image.nbytes
+    def run(
+            self, model: nn.Module, names: Iterable[str], forward: Callable[[], Any], images: int = 1, size: int = 0,
+    ) -> 'Survey':
+        """Survey a model in eval mode.
+
+        Args:
+            model: The model.
+            names: Its layers.
+            forward: Runs it.
+            images: On so many images.
+            size: Bytes of each of them.
+        """
+        self._images, self._size = images, size
         _thread.walk = self
         try:
             with torch.no_grad(), hooked(names, model), _Additions(self), _Held(model) as self._memory:
-                model(images)
+                forward()
         finally:
             _thread.walk = None
         for name in self._spoiled:
@@ -224,7 +233,7 @@ class Survey:
     def before_layer(self, name: str, inputs: torch.Tensor) -> None:
         count = self.counts[name] = self.counts.get(name, 0) + 1
         self.calls.append((name, count - 1))
-        self.held.append(self._image + self._memory.bytes // 2)
+        self.held.append(self._size + self._memory.bytes // self._images)
         if count == 1:
             self.order.append((name, False))
         else:

@@ -16,7 +16,7 @@ from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 from torch.overrides import TorchFunctionMode
 
-from timm_lean.calibration import calibrate
+from timm_lean.calibration import Calibration, calibrate
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import LeanReport, hand_over
@@ -66,7 +66,7 @@ def remove_blocks(
         ratio: float | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
-        calibration: Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Remove residual blocks. Give exactly one of `count`, `blocks` and `ratio`.
 
@@ -94,15 +94,17 @@ def remove_blocks(
         raise LeanError(f'Block removal by {next(iter(given))} needs calibration=LOADER: blocks are ranked by what '
                         'their removal does to images. Or name them: blocks=[...].')
     model = unwrap_model(model)
-    batches = None if calibration is None else list(calibration)
-    images = _example(model) if batches is None else _some_images(model, batches)
+    setting = None if calibration is None else Calibration.of(calibration).hold()
+    if setting is not None and setting.forward is not None:
+        raise LeanError('Block removal runs networks on images alone, without forward=: give the backbone by itself.')
+    images = _example(model) if setting is None else _some_images(model, setting.batches)
     names = _choose_from(model, images[:1], include, exclude)
     order = None if blocks is None else _check_names(model, blocks, names)
     amount = _amount(model, len(names), count if order is None else len(order), ratio)
     new = copy.deepcopy(model)
     removed: list[tuple[str, float | None, float | None]] = []
     for number in range(amount):
-        if batches is None:
+        if setting is None:
             assert order is not None
             removed.append((order[number], None, None))
         else:
@@ -110,8 +112,8 @@ def remove_blocks(
             choice = [name for name in names if name not in gone] if order is None else [order[number]]
             removed.append(min(_effects(new, model, choice, images), key=lambda effect: effect[1]))
         _remove(new, [removed[-1][0]])
-        if batches is not None:
-            new = calibrate(new, model, batches)
+        if setting is not None:
+            new = calibrate(new, model, setting)
     record_step(new, STEP, blocks=[name for name, *_ in removed])
     shape = images[:1].shape
     before, after = measure_latency([copy.deepcopy(model), copy.deepcopy(new)], [shape, shape], images.device)
@@ -221,7 +223,7 @@ def _example(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, *get_model_input_config(model)['input_size'], device=next(model.parameters()).device)
 
 
-def _some_images(model: nn.Module, batches: list[Any]) -> torch.Tensor:
+def _some_images(model: nn.Module, batches: Iterable[Any]) -> torch.Tensor:
     """The first calibration images, `[N, C, H, W]`, as many as a ranking needs."""
     images: list[torch.Tensor] = []
     for batch in batches:

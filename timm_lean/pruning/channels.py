@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from timm.layers import EcaModule
 
-from timm_lean.calibration import calibrate
+from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
@@ -75,7 +75,7 @@ def prune_channels(
         normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
         importance: Callable[[Any], torch.Tensor | None] | None = None,
         between_steps: Callable[[nn.Module, int], None] | None = None,
-        calibration: Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Remove the least important channels of a timm model.
 

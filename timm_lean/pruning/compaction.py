@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from timm_lean.calibration import calibrate
+from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.lean_report import LeanReport, hand_over
@@ -126,7 +126,11 @@ class _Taint(TorchFunctionMode):
 
 
 def compact(
-        model: nn.Module, example_inputs: torch.Tensor, *, calibration: Iterable[Any] | None = None) -> nn.Module:
+        model: nn.Module,
+        example_inputs: torch.Tensor,
+        *,
+        calibration: Calibration | Iterable[Any] | None = None,
+) -> nn.Module:
     """Remove the channels of a kernel-pruned timm model that have no effect.
 
     In a ResNet with zero padding shortcuts, and wherever else channels are

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from timm_lean.calibration import calibrate, output_scores
+from timm_lean.calibration import Calibration, calibrate, output_scores
 from timm_lean.checkpoint.recipe import has_step, record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
@@ -249,7 +249,7 @@ def prune_kernels(
         min_keep: float = 0.01,
         seed: int = 0,
         again: bool = False,
-        calibration: Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Prune a model's kernels once. To prune while training, and for what the other options mean: `KernelPruner`.
 
@@ -269,7 +269,7 @@ def prune_kernels(
     new = copy.deepcopy(model)
     scores = None
     if calibration is not None:
-        calibration = list(calibration)
+        calibration = Calibration.of(calibration).hold()
     if criterion == 'output':
         if calibration is None or amount is None:
             raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a kernel does, and an "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.calibration import calibrate, insert_norms, output_spectra
+from timm_lean.calibration import Calibration, calibrate, insert_norms, output_spectra
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import changed_params, hand_over
@@ -34,7 +34,7 @@ def share(
         exclude: Patterns = None,
         example_input: torch.Tensor | None = None,
         bn: bool = False,
-        calibration: Iterable[Any] | None = None,
+        calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Convert a network's convolutions to bases shared by those of one shape in one stage.
 
@@ -73,7 +73,7 @@ def share(
         raise LeanError('bn=True needs calibration=LOADER: the batch norms get their statistics from its images.')
     groups = find_groups(model, dual, stages, include, exclude)
     if calibration is not None:
-        calibration = list(calibration)
+        calibration = Calibration.of(calibration).hold()
         for group, spectrum in zip(groups, output_spectra(model, [g.names for g in groups], calibration), strict=True):
             group.singular = spectrum
     before = count_params(model)
