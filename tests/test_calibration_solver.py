@@ -10,8 +10,9 @@ from scipy.optimize import minimize
 from timm.layers import Conv2dSame
 
 from timm_lean.calibration.layers import linear_map, patches
-from timm_lean.calibration.moments import Moments
+from timm_lean.calibration.moments import HeldOut, Moments
 from timm_lean.calibration.shared import SharedLayer, alternate, orthonormalize, whitened_basis
+from timm_lean.calibration.solver import block_jacobi, solve_change
 
 RIDGE = 1e-3
 
@@ -46,10 +47,11 @@ def test_a_convolution_is_fitted_as_by_lstsq(
     rows = target.flatten(2).transpose(1, 2).reshape(ours.shape)
     assert torch.allclose(ours.flatten(1), conv(x).flatten(2).transpose(1, 2).flatten(0, 1), atol=1e-12)
 
-    moments = Moments(layer.groups, layer.filters, layer.size, keep_samples)
+    moments, held = Moments(layer.groups, layer.filters, layer.size, keep_samples), HeldOut(groups, outs)
     for part in range(2):  # in pieces
-        moments.add(samples[part::2], (rows - ours)[part::2], rows[part::2])
-    change = moments.solve(RIDGE, layer.free, layer.bias, tolerance=1e-10)
+        moments.add(samples[part::2], (rows - ours)[part::2])
+        held.add(samples[part::2], (rows - ours)[part::2], rows[part::2])
+    change = moments.solve(RIDGE, layer.free, layer.bias, layer.block, tolerance=1e-10)
 
     unfolded = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2).flatten(0, 1)
     unfolded = unfolded.view(len(unfolded), groups, -1)
@@ -66,7 +68,7 @@ def test_a_convolution_is_fitted_as_by_lstsq(
             assert np.allclose(change[g, o].numpy(), expected, atol=1e-6 * max(np.abs(expected).max(), 1))
             assert (change[g, o].numpy()[~free] == 0).all()
             left = ((e - a @ expected) ** 2).sum()
-            assert float(moments.error_after(change)[g, o]) == pytest.approx(left, rel=1e-6, abs=1e-8)
+            assert float(held.error_after(change)[g, o]) == pytest.approx(left, rel=1e-6, abs=1e-8)
 
 
 def test_patches_of_a_convolution_that_pads_as_tensorflow_does():
@@ -83,12 +85,38 @@ def test_large_equations_in_float32_are_solved_to_the_residual_of_float64():
     lacking = torch.randn(3000, 1, 3)
     free = torch.rand(1, 3, 1100) > 0.5
     moments = Moments(1, 3, 1100)
-    moments.add(x, lacking, lacking)
+    moments.add(x, lacking)
     change = moments.solve(RIDGE, free)
     penalty = RIDGE * moments.diagonal.mean()
     residual = ((moments.apply(change) + penalty * change - moments.cross) * free).norm(dim=2)
-    assert bool((residual < 1e-4 * (moments.cross * free).norm(dim=2)).all())
+    assert bool((residual < 2e-3 * (moments.cross * free).norm(dim=2)).all())
     assert bool((change[~free] == 0).all())
+
+
+def test_dead_kernels_of_neighbouring_pixels_take_fewer_steps_block_by_block():
+    """Smooth images: the pixels of a kernel depend on each other, which the diagonal does not know."""
+    torch.manual_seed(0)
+    x = F.interpolate(torch.randn(20, 8, 4, 4, dtype=torch.float64), size=24, mode='bilinear')
+    rows = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    gram = (rows.T @ rows)[None]
+    ridge = torch.full((1, 72), 1e-3 * float(gram[0].diagonal().mean()), dtype=torch.float64)
+    free = (torch.rand(1, 4, 8, 1) > 0.5).expand(-1, -1, -1, 9).flatten(2)
+    right = torch.randn(1, 4, 72, dtype=torch.float64) @ gram
+    steps = []
+    for scale in (None, block_jacobi(gram, ridge, 9, torch.float64)):
+        calls = []
+
+        def apply(w, calls=calls):
+            calls.append(1)
+            return w @ gram
+        change = solve_change(apply, right, gram.diagonal(dim1=1, dim2=2), ridge, free, 1e-6, 1000, scale)
+        exact = torch.zeros_like(change)
+        for o in range(4):
+            m = free[0, o]
+            exact[0, o, m] = torch.linalg.solve((gram[0] + torch.diag(ridge[0]))[m][:, m], right[0, o, m])
+        assert torch.allclose(change, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+        steps.append(len(calls))
+    assert steps[1] < 0.5 * steps[0]
 
 
 def shared_problem(layers=2, d=6, out=5, rank=3, unique=1, seed=0):

@@ -18,7 +18,7 @@ from .fleet import Fleet, Ship, fleet, survey
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, of_samples, pick_positions
 from .layers import LinearMap, is_layer, linear_map, patches, rows_of
-from .moments import Moments, all_reduce, is_distributed
+from .moments import HeldOut, Moments, all_reduce, is_distributed
 from .origin import check_origin
 from .report import CalibrationReport, LayerFit
 from .settings import Calibration
@@ -78,7 +78,6 @@ class _Fit:
             setting: Calibration):
         self.new, self.original, self.chunks, self.kept, self.setting = new, original, chunks, kept, setting
         self.device = next(new.parameters()).device
-        self.images = sum(len(chunk.held) for chunk in chunks)
         self.names = [name for name, module in new.named_modules() if is_layer(module)]
         inside = [name + '.' for name in self.names if isinstance(new.get_submodule(name), SharedBasisConv2d)]
         self.names = [name for name in self.names if not name.startswith(tuple(inside))]
@@ -90,6 +89,8 @@ class _Fit:
         try:
             self.survey, self.survey0 = (survey(network, self.names, chunks) for network in (new, original))
             self.truth = self._outputs(original)
+        except LeanError:
+            raise
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
             what = ('calibration batches, run by forward=' if setting.forward is not None else
                     f'calibration images {str(sorted({tuple(chunk.batch.shape[1:]) for chunk in chunks}))[1:-1]}')
@@ -151,25 +152,25 @@ class _Fit:
         if layer is None or name in self.tied:
             return None
         calls = self.survey.counts[name]
-        both: list[Moments] = []
+        held = HeldOut(layer.groups, layer.filters, self.device)
+        train: Moments | None = None
         joins = []
         for ship in ships.at(name):
             for call in range(calls):
-                inputs, lacking, targets, join = self._samples(ship, index, layer, name, call, joined, norm, norm0)
+                inputs, lacking, targets, join = self._samples(
+                    ships, ship, index, layer, name, call, joined, norm, norm0)
                 joins.append(join)
-                each = len(inputs) // len(ship.held)
-                if not both:
-                    few = self.images * calls * each < layer.size and not is_distributed()
-                    both = [Moments(layer.groups, layer.filters, layer.size, few, self.device) for _ in range(2)]
-                mask = of_samples(ship.held, len(inputs))
-                for moments, chosen in zip(both, (~mask, mask), strict=True):
-                    moments.add(inputs[chosen], lacking[chosen], targets[chosen])
-        for moments in both:
-            moments.reduce()
-        train, held = both
-        change, before, after = None, float(held.error.sum()), float(held.error.sum())
+                if train is None:
+                    few = len(inputs) // len(ship.held) * ships.images * calls < layer.size and not is_distributed()
+                    train = Moments(layer.groups, layer.filters, layer.size, few, self.device)
+                chosen = of_samples(ship.held, len(inputs))
+                held.add(inputs[chosen], lacking[chosen], targets[chosen])
+                train.add(inputs[~chosen], lacking[~chosen])
+        assert train is not None
+        train.reduce(held.error, held.energy)
+        before = after = float(held.error.sum())
         if before > LOSSLESS ** 2 * float(held.energy.sum()):
-            change = train.solve(self.setting.ridge, layer.free, layer.bias)
+            change = train.solve(self.setting.ridge, layer.free, layer.bias, layer.block)
             errors = held.error_after(change)
             helps = errors < held.error  # filter by filter
             change = change * helps[..., None]
@@ -186,7 +187,7 @@ class _Fit:
                         train.count)
 
     def _samples(
-            self, ship: Ship, index: int, layer: LinearMap, name: str, call: int, joined: bool,
+            self, ships: Fleet, ship: Ship, index: int, layer: LinearMap, name: str, call: int, joined: bool,
             norm: nn.Module | None, norm0: nn.Module | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Join | None]:
         """Inputs, what the outputs lack, what they should be, of one piece at one layer."""
@@ -196,7 +197,7 @@ class _Fit:
             raise LeanError(f'The original does not run the layer {name!r} as the compressed network does: it is not '
                             'the network that it was made from.')
         rows0 = rows_of(layer.layer, there.outputs)
-        chosen = self._positions(rows0.shape[1], layer.size, index, ship)
+        chosen = self._positions(rows0.shape[1], layer.size, index, ships, ship, self.survey.counts[name])
 
         def sampled(y: torch.Tensor) -> torch.Tensor:
             return _at(rows_of(layer.layer, y), chosen)
@@ -217,9 +218,10 @@ class _Fit:
         shape = (len(inputs), layer.groups, layer.filters)
         return inputs, lacking.view(shape), targets.view(shape), here if joined else None
 
-    def _positions(self, count: int, inputs: int, index: int, ship: Ship) -> torch.Tensor | None:
-        return pick_positions(
-            count, self.setting.positions, inputs, self.images, 1_000_003 * index + ship.index, self.device)
+    def _positions(
+            self, count: int, inputs: int, index: int, ships: Fleet, ship: Ship, calls: int) -> torch.Tensor | None:
+        return pick_positions(count, self.setting.positions, inputs, ships.images * calls,
+                              1_000_003 * index + ship.index, self.device)
 
     def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
         here = layer.groups * layer.filters
@@ -256,7 +258,8 @@ class _Fit:
                     there = ship.walks[0].to(name, call, 'after')
                     here = there if first else ship.walks[1].to(name, call)
                     layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
-                    chosen = self._positions(rows.shape[1], group.size, index, ship)
+                    chosen = self._positions(
+                        rows.shape[1], group.size, index, ships, ship, self.survey.counts[name])
                     inputs = patches(layer, here.inputs, chosen)
                     held = of_samples(ship.held, len(inputs))
                     group.add(name, inputs, _at(rows, chosen), held)

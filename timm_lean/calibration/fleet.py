@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from timm_lean.errors import LeanError
+
 from .images import Chunk
 from .walk import Survey, Walk, hooked
 
@@ -57,7 +59,7 @@ class Fleet:
     def at(self, layer: str, call: int = 0) -> list[Ship]:
         """The pieces that take part at a call of a layer; they are still on their way there."""
         room = self._limit / max(self._room.get((layer, call), 0), 1)
-        images = sum(len(ship.held) for ship in self._ships)
+        images = self.images
         for index in range(len(self._ships), len(self.chunks)):
             chunk = self.chunks[index]
             images += len(chunk.held)
@@ -69,6 +71,11 @@ class Fleet:
             self._ships.append(Ship(index, chunk.held.to(self.device), walks))
         return self._ships
 
+    @property
+    def images(self) -> int:
+        """Images in the pieces that are on their way."""
+        return sum(len(ship.held) for ship in self._ships)
+
     def restart(self) -> None:
         """Give all passes up; the next start from the beginning."""
         for ship in self._ships:
@@ -78,7 +85,15 @@ class Fleet:
 
 
 def survey(network: nn.Module, names: Sequence[str], chunks: Sequence[Chunk]) -> Survey:
-    """What a pass of a network in eval mode meets at the named layers."""
+    """What a pass of a network in eval mode meets at the named layers.
+
+    Raises:
+        LeanError: A network in half precision, in which sums over images would overflow.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
+            raise LeanError(f'Calibration needs float32 weights, and {name} is {str(parameter.dtype).partition(".")[2]}: '
+                            'compress and calibrate first, half() last.')
     sample = chunks[0].sample()
     count = len(sample.held)
     return Survey().run(network, names, lambda: sample.run(network), count, sample.bytes // count)

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.shared_basis import bn_scale_shift
 
-from .moments import Moments
+from .moments import HeldOut, Moments
 from .report import LayerFit
 from .shared import SharedLayer, alternate, orthonormalize, whitened_basis, whitened_unique
 
 __all__ = ['BasisGroup', 'find_groups']
 
 _TURNS = 5
+_LATER_TURNS = 2  # from where the last round ended
 
 
 class BasisGroup:
@@ -34,7 +35,7 @@ class BasisGroup:
         self.originals = originals
         self.size = next(iter(originals.values())).shape[1]
         self._train: dict[str, Moments] = {}
-        self._held: dict[str, Moments] = {}
+        self._held: dict[str, HeldOut] = {}
 
     def add(self, name: str, inputs: torch.Tensor, targets: torch.Tensor, held: torch.Tensor) -> None:
         """Add samples of a layer.
@@ -47,10 +48,11 @@ class BasisGroup:
         """
         lacking = targets - inputs @ _dense(self.layers[name]).T
         inputs = F.pad(inputs, (0, 1), value=1.)
-        for moments, chosen in ((self._train, ~held), (self._held, held)):
-            if name not in moments:
-                moments[name] = Moments(1, targets.shape[1], inputs.shape[1], device=inputs.device)
-            moments[name].add(inputs[chosen, None], lacking[chosen, None], targets[chosen, None])
+        if name not in self._train:
+            self._train[name] = Moments(1, targets.shape[1], inputs.shape[1], device=inputs.device)
+            self._held[name] = HeldOut(1, targets.shape[1], inputs.device)
+        self._train[name].add(inputs[~held, None], lacking[~held, None])
+        self._held[name].add(inputs[held, None], lacking[held, None], targets[held, None])
 
     def fit(self, ridge: float, first: bool) -> LayerFit:
         """Fit basis, unique filters and coefficients to all layers, where that helps, and forget the samples.
@@ -59,9 +61,10 @@ class BasisGroup:
             ridge: Penalty, relative to the mean diagonal of each layer's second moments.
             first: Start from the whitened singular value decomposition, not from what is there.
         """
-        for moments in (*self._train.values(), *self._held.values()):
-            moments.reduce()
-        layers = {name: _shared_layer(self.layers[name], self._train[name], self.originals[name], ridge)
+        for name in self.names:
+            self._train[name].reduce(self._held[name].error, self._held[name].energy)
+        samples = sum(moments.count for moments in self._train.values())
+        layers = {name: _shared_layer(self.layers[name], self._train.pop(name), self.originals[name], ridge)
                   for name in self.names}
         bank = self.basis.weight
         live = _mask((bank != 0).flatten(2).any(2)[:, :, None].expand(bank.flatten(2).shape).flatten(1))
@@ -74,20 +77,19 @@ class BasisGroup:
             basis = whitened_basis(list(layers.values()), list(self.originals.values()), len(basis))
             for name, layer in layers.items():
                 layer.unique = whitened_unique(layer, self.originals[name], basis)
-        basis = alternate(list(layers.values()), basis, _TURNS, live)
+        basis = alternate(list(layers.values()), basis, _TURNS if first else _LATER_TURNS, live)
         if turnable:
             basis = orthonormalize(list(layers.values()), basis)
         before = after = energy = 0.
         for name, layer in layers.items():
-            error, better = _centred_errors(self._held[name], layer.dense(basis) - dense[name])
-            before, after = before + layer.weight * error, after + layer.weight * better
-            energy += layer.weight * float(self._held[name].energy.sum())
+            held = self._held.pop(name)
+            before += layer.weight * held.spread()
+            after += layer.weight * held.spread(F.pad(layer.dense(basis) - dense[name], (0, 1))[None])
+            energy += layer.weight * float(held.energy.sum())
         if after < before:
             bank.copy_(basis.view_as(bank))
             for name, layer in layers.items():
                 _assign(self.layers[name], layer)
-        samples = sum(moments.count for moments in self._train.values())
-        self._train, self._held = {}, {}
         return LayerFit(', '.join(self.names), 'group', (before / energy) ** 0.5,
                         (min(before, max(after, 0.)) / energy) ** 0.5, samples)
 
@@ -116,7 +118,7 @@ def _shared_layer(layer: Any, moments: Moments, original: torch.Tensor, ridge: f
     gram, cross = _centred(moments)
     penalty = ridge * gram.diagonal().mean().clamp_min(1e-30)
     target = cross + _dense(layer).double() @ gram + penalty * original
-    gram = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(penalty)
     weight = 1 / float(((original @ gram) * original).sum().clamp_min(1e-30))
     mix = layer.coeff.weight.detach().flatten(1).double() if isinstance(layer.coeff, nn.Conv2d) else None
     live_mix = None if mix is None else _mask(mix != 0)
@@ -132,15 +134,8 @@ def _centred(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     assert moments.gram is not None
     gram, cross = moments.gram[0], moments.cross[0]
     total, short = gram[-1, :-1], cross[:, -1]
-    return (gram[:-1, :-1] - torch.outer(total, total) / moments.count,
-            cross[:, :-1] - torch.outer(short, total) / moments.count)
-
-
-def _centred_errors(moments: Moments, change: torch.Tensor) -> tuple[float, float]:
-    """`sum (e - mean e)^2` before and after a change of the weights `[out, d]`."""
-    gram, cross = _centred(moments)
-    before = float(moments.error.sum() - moments.cross[0, :, -1].square().sum() / moments.count)
-    return before, before + float((change * (change @ gram - 2 * cross)).sum())
+    return (torch.addr(gram[:-1, :-1], total, total, alpha=-1 / moments.count),
+            torch.addr(cross[:, :-1], short, total, alpha=-1 / moments.count))
 
 
 def _assign(module: Any, layer: SharedLayer) -> None:

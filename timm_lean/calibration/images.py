@@ -136,7 +136,7 @@ def pick_positions(
         count: Positions of the map.
         most: Positions at most.
         inputs: Inputs of each filter, whose number says how many samples are enough.
-        images: Images in all.
+        images: Images that are looked at, times the calls of the layer.
         seed: What to draw by.
         device: Where the indices are wanted.
 

@@ -44,7 +44,6 @@ def input_covariances(
     setting = Calibration.of(calibration, **options)
     chunks = load_chunks(setting)
     device = next(model.parameters()).device
-    images = sum(len(chunk.held) for chunk in chunks)
     with evaluation(model):
         met = survey(model, names, chunks)
         left = dict(met.counts)
@@ -53,9 +52,10 @@ def input_covariances(
             for index, (name, call) in enumerate(met.calls):
                 layer: Any = model.get_submodule(name)
                 for ship in ships.at(name, call):
+                    looks = ships.images * met.counts[name]
                     stop = ship.walks[0].to(name, call, 'after')
                     count = stop.outputs[0, 0].numel()
-                    chosen = pick_positions(count, setting.positions, layer.weight[0].numel(), images,
+                    chosen = pick_positions(count, setting.positions, layer.weight[0].numel(), looks,
                                             1_000_003 * index + ship.index, device)
                     x = patches(layer, stop.inputs, chosen).unflatten(1, (layer.groups, -1)).transpose(0, 1)
                     gram, total, number = (x.mT @ x).double(), x.double().sum(1), x.new_tensor(x.shape[1]).double()

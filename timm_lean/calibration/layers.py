@@ -28,7 +28,9 @@ class LinearMap:
         free: Mask of the weights that may change, None for all.
         bias: Whether there is a bias.
         groups, filters, size: The shape of the weights.
+        block: So many neighbouring weights are free together.
     """
+    block = 1
 
     def __init__(self, layer: Any, weight: torch.Tensor, norm: nn.Module | None):
         self.layer = layer
@@ -81,6 +83,10 @@ class LinearMap:
 
 class ConvFilters(LinearMap):
     """The filters of a convolution. Kernels that are zero stay zero."""
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return int(self._kernel[0, 0].numel())
 
     def _free_kernels(self) -> torch.Tensor | None:
         live = (self._kernel != 0).flatten(2).any(2)

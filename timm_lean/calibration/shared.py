@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .solver import conjugate_gradients
+from .solver import Scaling, conjugate_gradients
 
 __all__ = [
     'SharedLayer', 'alternate', 'orthonormalize', 'whitened', 'whitened_basis', 'whitened_unique']
 
 _STEPS = 30  # each turn goes on where the last one ended
+_TOLERANCE = 1e-3
+_EXACT_SIZE = 1024  # inputs up to which products of a step are float64; what a turn starts from always is
 
 
 @dataclass
@@ -53,7 +55,7 @@ class SharedLayer:
         else:
             rest = right - self.mix @ gram
             self.mix = self.mix + conjugate_gradients(
-                lambda x: x @ gram, rest, _positive(gram.diagonal()), self.live_mix, max_steps=_STEPS)
+                lambda x: x @ gram, rest, _diagonal(gram.diagonal()), self.live_mix, max_steps=_STEPS)
 
     def fit_unique(self, basis: torch.Tensor) -> None:
         """The best unique filters for the coefficients and the basis as they are."""
@@ -63,8 +65,8 @@ class SharedLayer:
         square = own.T @ own
         rest = own.T @ (self.target - self.dense(basis) @ self.gram)
         self.unique = self.unique + conjugate_gradients(
-            lambda x: square @ x @ self.gram, rest, _positive(square.diagonal()[:, None] * self.gram.diagonal()),
-            self.live_unique, (-2, -1), max_steps=_STEPS)
+            lambda x: square @ x @ self.gram, rest, _diagonal(square.diagonal()[:, None] * self.gram.diagonal()),
+            self.live_unique, (-2, -1), _TOLERANCE, _STEPS)
 
     def dense(self, basis: torch.Tensor) -> torch.Tensor:
         """The layer's weights as one convolution, `[out, d]`."""
@@ -131,11 +133,12 @@ def alternate(
     Returns:
         The basis.
     """
+    lower = _sum_factor(layers) if live is None else None
     for _ in range(rounds):
         for layer in layers:
             layer.fit_mix(basis)
             layer.fit_unique(basis)
-        basis = _fit_basis(layers, basis, live)
+        basis = _fit_basis(layers, basis, live, lower)
     for layer in layers:
         layer.fit_mix(basis)
     return basis
@@ -150,10 +153,20 @@ def orthonormalize(layers: list[SharedLayer], basis: torch.Tensor) -> torch.Tens
     return rows.T
 
 
-def _fit_basis(layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """The best basis for coefficients and unique filters as they are, by conjugate gradients from where it is."""
+def _fit_basis(
+        layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tensor | None, lower: torch.Tensor | None,
+) -> torch.Tensor:
+    """The best basis for coefficients and unique filters as they are, by conjugate gradients from where it is.
+
+    Args:
+        layers: The group.
+        basis: `[r, d]`.
+        live: Mask of the entries that may change.
+        lower: Cholesky factor of the sum of the layers' moments, for the preconditioner.
+    """
+    dtype = torch.float64 if basis.shape[1] <= _EXACT_SIZE else torch.float32
     rest, diagonal = torch.zeros_like(basis), torch.zeros_like(basis)
-    parts = []
+    parts, squares = [], torch.zeros(len(basis), len(basis), dtype=basis.dtype, device=basis.device)
     for layer in layers:
         lacking = layer.target - layer.dense(basis) @ layer.gram
         square = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
@@ -162,11 +175,34 @@ def _fit_basis(layers: list[SharedLayer], basis: torch.Tensor, live: torch.Tenso
             lacking, square = common.T @ lacking, common.T @ common
         rest += layer.weight * lacking
         diagonal += layer.weight * square.diagonal()[:, None] * layer.gram.diagonal()
-        parts.append((layer.weight * square, layer.gram))
+        squares += square / len(layers)
+        parts.append(((layer.weight * square).to(dtype), layer.gram.to(dtype)))
+    scale = _kronecker(squares, lower, dtype) if live is None and lower is not None else None
     return basis + conjugate_gradients(
-        lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest, _positive(diagonal),
-        live, (-2, -1), max_steps=_STEPS)
+        lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest.to(dtype),
+        scale or _diagonal(diagonal.to(dtype)), live, (-2, -1), _TOLERANCE, _STEPS).to(basis.dtype)
 
 
-def _positive(diagonal: torch.Tensor) -> torch.Tensor:
-    return diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
+def _kronecker(squares: torch.Tensor, lower: torch.Tensor, dtype: torch.dtype) -> Scaling | None:
+    """The preconditioner that would be exact if the layers had the same coefficients, or the same moments."""
+    small = 1e-8 * squares.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(squares + small * torch.eye(
+        len(squares), dtype=squares.dtype, device=squares.device))
+    if bool(failed):
+        return None
+    factor, lower = factor.to(dtype), lower.to(dtype)
+    return lambda x: torch.cholesky_solve(torch.cholesky_solve(x, factor).mT, lower).mT
+
+
+def _sum_factor(layers: list[SharedLayer]) -> torch.Tensor | None:
+    """`L` with `L L^T` the sum of the weighted moments; None where rounding has made it indefinite."""
+    total = torch.zeros_like(layers[0].gram)
+    for layer in layers:
+        total.add_(layer.gram, alpha=layer.weight)
+    lower, failed = torch.linalg.cholesky_ex(total)
+    return None if bool(failed) else lower
+
+
+def _diagonal(diagonal: torch.Tensor) -> Scaling:
+    inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
+    return lambda x: x * inverse

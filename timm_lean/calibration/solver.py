@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ['conjugate_gradients', 'solve_change']
+__all__ = ['Scaling', 'block_jacobi', 'conjugate_gradients', 'solve_change']
+
+Scaling = Callable[[torch.Tensor], torch.Tensor]
 
 
 def solve_change(
@@ -24,6 +26,7 @@ def solve_change(
         free: torch.Tensor | None = None,
         tolerance: float = 1e-5,
         max_steps: int = 300,
+        scale: Scaling | None = None,
 ) -> torch.Tensor:
     """The change of weights that lowers the output error most.
 
@@ -35,32 +38,61 @@ def solve_change(
         free: Mask of the entries that may change, `[g, filters, d]`; all if None.
         tolerance: Norm of each filter's residual, relative to that of its right side.
         max_steps: Steps at most.
+        scale: A better preconditioner than the diagonal.
 
     Returns:
         `D`, exactly 0 where not free.
     """
     ridge = ridge[:, None]
     # an input that is 0 everywhere has no equation: without a penalty it would divide by 0
-    preconditioner = (diagonal[:, None] + ridge).clamp_min(torch.finfo(right.dtype).tiny)
+    inverse = (diagonal[:, None] + ridge).clamp_min(torch.finfo(right.dtype).tiny).reciprocal()
     return conjugate_gradients(
-        lambda x: apply(x) + ridge * x, right, preconditioner, free, (-1,), tolerance, max_steps)
+        lambda x: apply(x) + ridge * x, right, scale or (lambda x: x * inverse), free, (-1,), tolerance, max_steps)
+
+
+def block_jacobi(gram: torch.Tensor, ridge: torch.Tensor, block: int, dtype: torch.dtype) -> Scaling | None:
+    """A preconditioner that solves for each kernel by itself: neighbouring pixels depend on each other most.
+
+    Args:
+        gram: `H`, `[g, d, d]`.
+        ridge: Penalty on each input, `[g, d]`.
+        block: Inputs of a kernel; what is left of `d` (a bias) is scaled by the diagonal.
+        dtype: Of what will be scaled.
+
+    Returns:
+        None where the blocks have no inverse.
+    """
+    count = gram.shape[1] // block
+    whole = gram[:, :count * block, :count * block].unflatten(2, (count, block)).unflatten(1, (count, block))
+    blocks = whole.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2) + torch.diag_embed(
+        ridge[:, :count * block].unflatten(1, (count, block)))
+    lower, failed = torch.linalg.cholesky_ex(blocks)
+    if bool(failed.any()):
+        return None
+    inverse = torch.cholesky_inverse(lower).to(dtype)  # [g, count, block, block]
+    rest = (gram.diagonal(dim1=1, dim2=2) + ridge)[:, None, count * block:].clamp_min(1e-30).reciprocal().to(dtype)
+
+    def scale(x: torch.Tensor) -> torch.Tensor:
+        kernels = x[..., :count * block].unflatten(-1, (count, block)).transpose(1, 2) @ inverse
+        return torch.cat([kernels.transpose(1, 2).flatten(2), x[..., count * block:] * rest], -1)
+    return scale
 
 
 def conjugate_gradients(
         apply: Callable[[torch.Tensor], torch.Tensor],
         right: torch.Tensor,
-        diagonal: torch.Tensor,
+        scale: Scaling,
         free: torch.Tensor | None = None,
         dims: tuple[int, ...] = (-1,),
         tolerance: float = 1e-5,
         max_steps: int = 300,
 ) -> torch.Tensor:
-    """Solve symmetric positive equations restricted to a mask, with the diagonal as preconditioner.
+    """Solve symmetric positive equations restricted to a mask.
 
     Args:
         apply: The symmetric operator.
         right: Right side.
-        diagonal: Diagonal of the operator, broadcast to the right side.
+        scale: The preconditioner, about the operator's inverse; symmetric, and free unknowns do not mix with others.
         free: Mask of the unknowns; the others are 0.
         dims: Dimensions of one system; the rest are systems of their own, each with its own steps.
         tolerance: Norm of each system's residual, relative to that of its right side.
@@ -73,7 +105,7 @@ def conjugate_gradients(
     rest = right if free is None else right * free
     solution = torch.zeros_like(rest)
     goal = tolerance ** 2 * dot(rest, rest)
-    scaled = rest / diagonal
+    scaled = scale(rest)
     direction, energy = scaled, dot(rest, scaled)
     for _ in range(max_steps):
         image = apply(direction)
@@ -84,7 +116,7 @@ def conjugate_gradients(
         rest = rest - step * image
         if bool((dot(rest, rest) <= goal).all()):
             break
-        scaled = rest / diagonal
+        scaled = scale(rest)
         before, energy = energy, dot(rest, scaled)
         direction = scaled + energy / before.clamp_min(tiny) * direction
     return solution
