@@ -92,8 +92,8 @@ def survey(network: nn.Module, names: Sequence[str], chunks: Sequence[Chunk]) ->
     """
     for name, parameter in network.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
-            raise LeanError(f'Calibration needs float32 weights, and {name} is {str(parameter.dtype).partition(".")[2]}: '
-                            'compress and calibrate first, half() last.')
+            raise LeanError(f'Calibration needs float32, {name} is {str(parameter.dtype).partition(".")[2]}: compress '
+                            'and calibrate first, half() last.')
     sample = chunks[0].sample()
     count = len(sample.held)
     return Survey().run(network, names, lambda: sample.run(network), count, sample.bytes // count)

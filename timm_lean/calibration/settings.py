@@ -60,7 +60,7 @@ class Calibration:
     @classmethod
     def of(cls, calibration: 'Calibration | Iterable[Any]', **options: Any) -> 'Calibration':
         """Images and options as one; options given here come before those that are there."""
-        if isinstance(calibration, cls):
+        if isinstance(calibration, Calibration):
             return replace(calibration, **options)
         return cls(calibration, **options)
 
