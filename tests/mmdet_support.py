@@ -18,6 +18,7 @@ ROOT = Path(timm_lean.mmdet.__file__).parents[2]
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmdet.utils import register_all_modules
+from mmengine import config as mmengine_config
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
@@ -29,6 +30,8 @@ SHARED = CONFIGS / 'scenes' / 'retinanet_resnet34_s8u1_scenes.py'
 DENSE = CONFIGS / 'scenes' / 'retinanet_resnet34_scenes.py'
 
 register_all_modules(init_default_scope=True)
+# A run prints and writes its config twice, and to make it pretty takes longer than to build the detector.
+mmengine_config.config.FormatCode = lambda text, **kwargs: (text, True)
 
 
 def scenes_config(folder: Path, path: Path = SHARED, epochs: int = 1) -> Config:

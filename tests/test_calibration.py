@@ -135,6 +135,7 @@ def _calibrate_half(rank, folder, images):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_the_same(images, unseen, tmp_path):
     torch.multiprocessing.spawn(_calibrate_half, (str(tmp_path), images), nprocs=2)
     (one, report), (other, _) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))

@@ -294,6 +294,7 @@ def _shard_worker(rank: int, world: int, folder: str, output: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_give_the_answer_of_one(folder, tmp_path):
     (folder / 'a' / '03.png').write_bytes(b'not an image')

@@ -162,6 +162,7 @@ if 'fail' in sys.argv and len(tries.read_text()) < 2:
             tools.read_rows(tmp_path / 'q1.jsonl')
 
 
+@pytest.mark.slow
 def test_a_training_on_the_digits_goes_on_after_the_queue_was_stopped(tools, tmp_path):
     path = write_queue(tmp_path, '''
         runs:

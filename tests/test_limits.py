@@ -110,6 +110,7 @@ def test_hostile_files_are_refused_in_two_seconds_and_200_mb(good, tmp_path):
         assert int(megabytes) < 200 + 2 * len(files[name]) / 1e6 and float(seconds) < 5, (name, megabytes, seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['focalnet_huge_fl4', 'mvitv2_huge_cls'])
 def test_the_largest_networks_are_within_the_limits(name):
     with torch.device('meta'):

@@ -7,8 +7,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from timm_lean import LeanError
-from timm_lean.mmdet import launch
 from timm_lean.mmdet.data import check_data
+from timm_lean_cli import detectors
 
 
 def coco(folder, change=lambda data: None):
@@ -124,7 +124,7 @@ def test_bad_settings_of_a_run(tmp_path, capsys, options, message):
     cfg = scenes_config(tmp_path)
     path = tmp_path / 'config.py'
     cfg.dump(path)
-    assert launch.train_main([str(path), '--work-dir', str(tmp_path / 'run'), '--cfg-options', *options]) == 2
+    assert detectors.train_main([str(path), '--work-dir', str(tmp_path / 'run'), '--cfg-options', *options]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob('run/*.pth'))

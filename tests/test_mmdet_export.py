@@ -26,7 +26,8 @@ def detector(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('fold', [[], ['--fold']], ids=['shared', 'folded'])
+@pytest.mark.parametrize('fold', [
+    pytest.param([], id='shared', marks=pytest.mark.slow), pytest.param(['--fold'], id='folded')])
 def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
     onnxruntime = pytest.importorskip('onnxruntime')
     onnx, pt2 = tmp_path / 'b.onnx', tmp_path / 'b.pt2'

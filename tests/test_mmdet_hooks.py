@@ -171,6 +171,7 @@ def test_averaged_weights_are_what_is_saved(tmp_path):
             assert not torch.equal(f.get_tensor(name), plain[name])
 
 
+@pytest.mark.slow
 def test_best_is_kept_over_a_resume(tmp_path):
     cfg = scenes_config(tmp_path)
     Runner.from_cfg(cfg).train()

@@ -73,6 +73,7 @@ def test_command(trained, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_fine_tunes_by_its_own_config(trained, tmp_path):
     out = tmp_path / 'p.safetensors'
     pruned = prune_detector(trained, out, pruning_ratio=0.5)

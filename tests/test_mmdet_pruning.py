@@ -68,6 +68,7 @@ def test_files_shrink_and_load_to_the_bit(tmp_path):
     assert (folder / 'model.safetensors').stat().st_size < size - 0.7 * convolutions
 
 
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(tmp_path):
     # two iterations an epoch: 0.25 from the second iteration on, 0.5 from the third
     pruning = hook(criterion='weight', amount=0.5, schedule='linear', begin=1, end=3, by_epoch=False)
@@ -102,6 +103,7 @@ def test_bad_hooks_are_clear_errors(tmp_path, hooks, message):
         trained(config(tmp_path, *hooks))
 
 
+@pytest.mark.slow
 def test_a_pruned_detector_is_pruned_further_only_on_request(tmp_path):
     trained(config(tmp_path, hook(amount=0.5), epochs=1))
     pruned = str(tmp_path / 'run' / 'last.safetensors')
@@ -131,6 +133,7 @@ def test_a_pruned_detector_trains_with_its_zeros(tmp_path, caplog):
     assert 'training revived them. Keep them' in caplog.text and 'KernelPruningHook()' in caplog.text
 
 
+@pytest.mark.slow
 def test_the_best_is_as_small_as_the_last(tmp_path):
     """Each evaluation scores less than the one before, and the detector is pruned in the second of three epochs."""
     cfg = scenes_config(tmp_path, SHARED, epochs=3)
@@ -154,6 +157,7 @@ def test_the_best_is_as_small_as_the_last(tmp_path):
     assert detector_header(tmp_path / 'run' / 'best.safetensors')['score'] == 0.3
 
 
+@pytest.mark.slow
 def test_a_best_from_before_the_pruning_is_told(tmp_path, caplog):
     cfg = scenes_config(tmp_path, SHARED, epochs=2)
     cfg.train_cfg.val_interval = 1

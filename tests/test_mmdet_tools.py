@@ -29,7 +29,7 @@ from mmdet_support import (
 from PIL import Image
 
 from timm_lean import CheckpointError, LeanError
-from timm_lean.mmdet import TimmBackbone, export_detector, launch, load_detector, predict_images, write_scenes
+from timm_lean.mmdet import TimmBackbone, export_detector, load_detector, predict_images, write_scenes
 from timm_lean.mmdet.__main__ import main
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
@@ -38,6 +38,7 @@ from timm_lean.mmdet.prune import prune_detector
 from timm_lean.mmdet.settings import parse_config
 from timm_lean.mmdet.weights import detector_header
 from timm_lean.pruning import kernel_report
+from timm_lean_cli import detectors
 
 MMDET_TOOLS = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim' / 'tools'
 BCCD = SHARED.parents[1] / 'bccd' / 'retinanet_resnet34_bccd.py'
@@ -55,7 +56,7 @@ def run(*args, cwd=None, **env):
 def trained(tmp_path_factory):
     """A detector trained for an epoch by the tool."""
     folder = tmp_path_factory.mktemp('trained')
-    assert launch.train_main([str(SHARED), *option_list(folder)]) == 0
+    assert detectors.train_main([str(SHARED), *option_list(folder)]) == 0
     return folder
 
 
@@ -68,7 +69,7 @@ def test_train_writes_checkpoints_and_log(trained):
 def test_test_det(trained, name, tmp_path):
     options = option_list(trained)
     options[1] = str(tmp_path)
-    assert launch.test_main([str(SHARED), str(trained / 'run' / name), *options]) == 0
+    assert detectors.test_main([str(SHARED), str(trained / 'run' / name), *options]) == 0
     logs = list(tmp_path.glob('*/*.json'))
     assert 'coco/bbox_mAP' in json.loads(logs[0].read_text())
 
@@ -80,7 +81,7 @@ def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
 
     best = trained / 'run' / 'best.safetensors'
     options = option_list(trained)[2:]
-    assert launch.test_main([str(SHARED), str(best), '--work-dir', str(tmp_path / 'a'), *options]) == 0
+    assert detectors.test_main([str(SHARED), str(best), '--work-dir', str(tmp_path / 'a'), *options]) == 0
     arguments = ['--out', str(tmp_path / 'found.pkl'), '--show-dir', str(tmp_path / 'pictures')]
     assert main(['test', str(best), '--work-dir', str(tmp_path / 'b'), *arguments]) == 0
     assert scores(tmp_path / 'a')['coco/bbox_mAP'] == scores(tmp_path / 'b')['coco/bbox_mAP']
@@ -89,14 +90,14 @@ def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 4
     pruned = tmp_path / 'pruned.safetensors'
     prune_detector(best, pruned)
-    assert launch.test_main([str(pruned), '--tta', '--work-dir', str(tmp_path / 'c')]) == 0
+    assert detectors.test_main([str(pruned), '--tta', '--work-dir', str(tmp_path / 'c')]) == 0
     assert 'coco/bbox_mAP' in scores(tmp_path / 'c')
     folder = export_detector(None, best, tmp_path / 'folder')
-    assert launch.test_main([str(folder), '--work-dir', str(tmp_path / 'd')]) == 0
+    assert detectors.test_main([str(folder), '--work-dir', str(tmp_path / 'd')]) == 0
     for bad, message in ((['--out', 'found.json'], 'must end in .pkl'), (['--wait-time', 'nan'], 'at least 0')):
-        assert launch.test_main([str(best), *bad]) == 2
+        assert detectors.test_main([str(best), *bad]) == 2
         assert message in capsys.readouterr().err
-    assert launch.test_main([str(trained / 'run' / 'epoch_1.pth')]) == 2
+    assert detectors.test_main([str(trained / 'run' / 'epoch_1.pth')]) == 2
     assert 'does not say which detector it holds' in capsys.readouterr().err
 
 
@@ -104,7 +105,7 @@ def test_resume_continues(trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'copy')
     folder = tmp_path / 'copy'
     (folder / 'run' / 'last_checkpoint').write_text(str(folder / 'run' / 'epoch_1.pth'))
-    assert launch.train_main([str(SHARED), '--resume', *option_list(folder, epochs=2)]) == 0
+    assert detectors.train_main([str(SHARED), '--resume', *option_list(folder, epochs=2)]) == 0
     state = torch.load(folder / 'run' / 'epoch_2.pth', weights_only=False)
     assert state['meta']['epoch'] == 2 and state['meta']['iter'] == 4
 
@@ -198,15 +199,15 @@ def test_checkpoint_of_another_detector(trained, tmp_path, capsys):
         export_detector(open_config(SHARED), best, tmp_path / 'x')
     assert not (tmp_path / 'x').exists()
     where = ['--work-dir', str(tmp_path), '--data-root', str(tmp_path / 'data')]
-    assert launch.test_main([str(SHARED), best, *where]) == 2
+    assert detectors.test_main([str(SHARED), best, *where]) == 2
     message = capsys.readouterr().err
     assert 'another detector' in message and 'Traceback' not in message and message.count('\n') == 1
     options = [*option_list(tmp_path), f'load_from={best}', 'model.backbone.model_args.shared_rank=5']
-    assert launch.train_main([str(SHARED), *options]) == 2
+    assert detectors.train_main([str(SHARED), *options]) == 2
     assert 'another detector' in capsys.readouterr().err
     # another head is what fine-tuning is about
     options = [*option_list(trained), f'load_from={best}', 'model.bbox_head.stacked_convs=1']
-    assert launch.train_main([str(SHARED), *options]) == 0
+    assert detectors.train_main([str(SHARED), *options]) == 0
 
 
 @pytest.fixture
@@ -235,11 +236,11 @@ def test_own_data_in_one_line(coco, tmp_path, capsys):
                'train_pipeline.2.scale=(64,64)', 'model.neck.out_channels=16', 'model.bbox_head.in_channels=16',
                'model.bbox_head.feat_channels=16']
     arguments = ['--work-dir', str(tmp_path / 'run'), '--data-root', str(coco), '--cfg-options', *options]
-    assert launch.train_main([str(BCCD), '--classes', *arguments]) == 0
+    assert detectors.train_main([str(BCCD), '--classes', *arguments]) == 0
     assert detector_header(tmp_path / 'run' / 'last.safetensors')['metainfo']['classes'] == list(names)
-    assert launch.train_main([str(BCCD), '--classes', '0', 'cat', *arguments]) == 2
+    assert detectors.train_main([str(BCCD), '--classes', '0', 'cat', *arguments]) == 2
     assert 'has the categories 0, 1, 2' in capsys.readouterr().err
-    assert launch.train_main([str(BCCD), '--classes', '--data-root', str(tmp_path / 'none')]) == 2
+    assert detectors.train_main([str(BCCD), '--classes', '--data-root', str(tmp_path / 'none')]) == 2
     assert '--classes reads the names in the annotation file' in capsys.readouterr().err
 
 
@@ -274,13 +275,13 @@ def test_heads_in_lists_and_other_datasets():
 @pytest.mark.parametrize('value', ["[dict(type='SafetensorsHook')]", "[dict(type='SafetensorsHook',interval=2)]"])
 def test_a_dict_in_cfg_options_is_refused(capsys, value):
     with pytest.raises(SystemExit):
-        launch.train_main([str(SHARED), '--cfg-options', f'custom_hooks={value}'])
+        detectors.train_main([str(SHARED), '--cfg-options', f'custom_hooks={value}'])
     assert 'Put a dict into a config file' in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(tmp_path, coco, capsys):
     def message(*args):
-        assert launch.train_main([*map(str, args), '--work-dir', str(tmp_path / 'run')]) == 2
+        assert detectors.train_main([*map(str, args), '--work-dir', str(tmp_path / 'run')]) == 2
         text = capsys.readouterr().err
         assert text.startswith('train_det.py: ') and text.count('\n') == 1, text
         return text
@@ -309,7 +310,7 @@ def test_bad_input_is_one_line(tmp_path, coco, capsys):
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
-    assert launch.train_main([str(tmp_path / 'none.py'), '--debug']) == 2
+    assert detectors.train_main([str(tmp_path / 'none.py'), '--debug']) == 2
     assert 'Traceback' in capsys.readouterr().err
 
 
@@ -319,7 +320,7 @@ def test_data_checks_look_into_wrappers(tmp_path):
         type='ConcatDataset', datasets=[cfg.train_dataloader.dataset]))
     with pytest.raises(LeanError, match=r'train\.json of the train dataset does not exist'):
         check_data(cfg, ['train'])
-    assert launch.main_message(ValueError('class LeanError: what it is')) == 'what it is'
+    assert detectors._message(ValueError('class LeanError: what it is')) == 'what it is'
 
 
 def test_config_text_keeps_tuples_and_refuses_code(tmp_path):

@@ -1,12 +1,14 @@
 """Every registered model is a timm model in full: timm's own model tests, and what users do with models besides.
 
-One model of each family runs in the fast set, the others are marked slow.
+The fast set runs a short member of each family, and what compiles or traces with two of them; the names themselves
+are marked slow.
 """
 import copy
 import math
 import pickle
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,15 @@ from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.models import model_names
 
-FAST = (
-    'resnet34_s48u1_dual', 'resnet50_sharedpp', 'mobilenetv2_100_sharedpp',
-    'resnet20_cifar', 'resnet32_cifar_s16u1_dual', 'resnet34_cifar_s8u1',
-    'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1', 'mobilenetv2_cifar_sharedpp',
-)
+SHORT = {  # two blocks a stage: one as it was, one that shares
+    'resnet34_s48u1_dual': dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 128)),
+    'resnet50_sharedpp': dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 128)),
+    'mobilenetv2_100_sharedpp': {},
+    'resnet32_cifar_s16u1_dual': dict(layers=(3, 3, 3)),
+    'densenet121_cifar_s64u4': dict(layers=(2, 2, 2, 2)),
+    'resnext50_cifar_s16u1': dict(layers=(2, 2, 2, 2)),
+    'mobilenetv2_cifar_sharedpp': {},
+}
 INTERFACE = {
     'resnet34_s32u1', 'resnet34_s48u1', 'resnet34_s32u1_dual', 'resnet34_s48u1_dual', 'resnet50_shared',
     'resnet50_sharedpp', 'resnet101_shared', 'resnet101_sharedpp', 'mobilenetv2_100_shared', 'mobilenetv2_100_sharedpp',
@@ -49,16 +55,37 @@ CIFAR_CHANNELS = {
 
 # --- one model at a time: the parameter has module scope, so pytest runs all tests of a name together -----------------
 
+LONG = [pytest.param((name, {}), id=name, marks=pytest.mark.slow) for name in model_names() if name != 'lean']
+
+
 @pytest.fixture(scope='module', params=[
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in model_names() if name != 'lean'])
-def name(request):
+    *(pytest.param((name, kwargs), id=f'{name} short') for name, kwargs in SHORT.items()), *LONG])
+def case(request):
     return request.param
 
 
+# for tests that compile, trace or build a network several times
+few_fast = pytest.mark.parametrize('case', [
+    *(pytest.param((name, kwargs), id=f'{name} short', marks=[
+        pytest.mark.slow] if name not in ('resnet32_cifar_s16u1_dual', 'resnext50_cifar_s16u1') else [])
+      for name, kwargs in SHORT.items()), *LONG], indirect=True)
+
+
 @pytest.fixture(scope='module')
-def template(name):
+def name(case):
+    return case[0]
+
+
+@pytest.fixture(scope='module')
+def create(case):
+    """Builds the network with further arguments."""
+    return partial(timm.create_model, case[0], **case[1])
+
+
+@pytest.fixture(scope='module')
+def template(create):
     torch.manual_seed(0)
-    return randomize_batchnorm(timm.create_model(name)).eval()
+    return randomize_batchnorm(create()).eval()
 
 
 @pytest.fixture
@@ -125,8 +152,8 @@ def test_forward(model, x):
     assert out.isfinite().all()
 
 
-def test_backward_reaches_every_parameter(name):
-    model = timm.create_model(name, num_classes=42).train()
+def test_backward_reaches_every_parameter(create):
+    model = create(num_classes=42).train()
     out, grads = loss_and_grads(model, images(model))
     assert out.shape[-1] == 42
     assert out.isfinite().all()
@@ -135,6 +162,7 @@ def test_backward_reaches_every_parameter(name):
     assert not [k for k, g in grads.items() if g.dim() > 1 and not g.any()]
 
 
+@few_fast
 def test_forward_features_has_the_pool_size_of_the_default_cfg(model):
     cfg = model.default_cfg
     with torch.no_grad():
@@ -149,15 +177,15 @@ def test_default_cfg_names_the_first_conv_and_the_classifier(model):
     assert last.out_features == model.num_classes == model.default_cfg['num_classes']
 
 
-def test_num_classes_0_gives_pooled_features(name):
-    model = timm.create_model(name, num_classes=0).eval()
+def test_num_classes_0_gives_pooled_features(create):
+    model = create(num_classes=0).eval()
     assert model.num_classes == 0
     assert not any(k.startswith(model.default_cfg['classifier'] + '.') for k in model.state_dict())
     assert model(images(model)).shape == (2, model.head_hidden_size)
 
 
-def test_no_classes_and_no_pooling_gives_the_feature_map(name):
-    model = timm.create_model(name, num_classes=0, global_pool='').eval()
+def test_no_classes_and_no_pooling_gives_the_feature_map(create):
+    model = create(num_classes=0, global_pool='').eval()
     x = images(model)
     out = model(x)
     assert out.dim() == 4
@@ -165,8 +193,9 @@ def test_no_classes_and_no_pooling_gives_the_feature_map(name):
 
 
 @pytest.mark.parametrize('pool', ['max', 'avgmax', 'catavgmax'])
-def test_global_pool_types(name, pool):
-    model = timm.create_model(name, num_classes=5, global_pool=pool).eval()
+@few_fast
+def test_global_pool_types(create, pool):
+    model = create(num_classes=5, global_pool=pool).eval()
     assert model(images(model)).shape == (2, 5)
 
 
@@ -189,8 +218,8 @@ def test_reset_classifier_to_another_class_count(model, x):
     assert model(x).shape == (2, 7)
 
 
-def test_in_chans_1(name):
-    model = timm.create_model(name, in_chans=1).eval()
+def test_in_chans_1(create):
+    model = create(in_chans=1).eval()
     assert model.get_submodule(model.default_cfg['first_conv']).in_channels == 1
     assert model(images(model)[:, :1]).isfinite().all()
 
@@ -211,16 +240,16 @@ def test_pre_logits_have_head_hidden_size_and_feed_the_classifier(model, x):
     torch.testing.assert_close(model.get_classifier()(hidden), model(x))
 
 
-def test_dropout_before_the_classifier(name):
-    model = timm.create_model(name, drop_rate=0.5).eval()
+def test_dropout_before_the_classifier(create):
+    model = create(drop_rate=0.5).eval()
     x = images(model)
     torch.testing.assert_close(model(x), model(x))
     hidden = model.train().forward_head(torch.ones(2, model.num_features, 1, 1), pre_logits=True)
     assert (hidden == 0).any()
 
 
-def test_features_only_has_the_channels_and_reductions_it_announces(name, x):
-    model = timm.create_model(name, features_only=True).eval()
+def test_features_only_has_the_channels_and_reductions_it_announces(name, create, x):
+    model = create(features_only=True).eval()
     info = model.feature_info
     outs = model(x)
     assert [o.shape[1] for o in outs] == info.channels()
@@ -231,7 +260,8 @@ def test_features_only_has_the_channels_and_reductions_it_announces(name, x):
 def test_cifar_features_start_at_full_resolution(name):
     if 'cifar' not in name:
         pytest.skip('an ImageNet model')
-    info = timm.create_model(name, features_only=True).feature_info
+    with torch.device('meta'):
+        info = timm.create_model(name, features_only=True).feature_info
     thin = timm.get_pretrained_cfg_value(name, 'num_classes') == 10
     if channels := next((c for family, c in CIFAR_CHANNELS.items() if name.startswith(family)), None):
         assert info.reduction() == [1, 1, 2, 4, 8][-len(channels):]
@@ -242,11 +272,12 @@ def test_cifar_features_start_at_full_resolution(name):
 
 
 @pytest.mark.parametrize('out_indices', [(1, 3), (0, 2), (-2, -1), 2])
-def test_features_only_out_indices_select(name, x, out_indices):
+@few_fast
+def test_features_only_out_indices_select(create, x, out_indices):
     torch.manual_seed(1)
-    all_outs = timm.create_model(name, features_only=True).eval()(x)
+    all_outs = create(features_only=True).eval()(x)
     torch.manual_seed(1)
-    model = timm.create_model(name, features_only=True, out_indices=out_indices).eval()
+    model = create(features_only=True, out_indices=out_indices).eval()
     wanted = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
     outs = model(x)
     assert len(outs) == len(model.feature_info.channels()) == len(wanted)
@@ -256,19 +287,20 @@ def test_features_only_out_indices_select(name, x, out_indices):
 
 
 @pytest.mark.parametrize('feature_cls', ['hook', 'dict', 'getter', 'fx'])
-def test_features_only_is_the_same_by_every_feature_class(name, x, feature_cls):
+@few_fast
+def test_features_only_is_the_same_by_every_feature_class(create, x, feature_cls):
     torch.manual_seed(1)
-    expected = timm.create_model(name, features_only=True, out_indices=(1, 2)).eval()(x)
+    expected = create(features_only=True, out_indices=(1, 2)).eval()(x)
     torch.manual_seed(1)
-    outs = timm.create_model(name, features_only=True, out_indices=(1, 2), feature_cls=feature_cls).eval()(x)
+    outs = create(features_only=True, out_indices=(1, 2), feature_cls=feature_cls).eval()(x)
     outs = list(outs.values()) if isinstance(outs, dict) else outs
     assert len(outs) == 2
     for out, e in zip(outs, expected, strict=True):
         torch.testing.assert_close(out, e)
 
 
-def test_features_only_loads_the_classifiers_weights(name, template, x):
-    features = timm.create_model(name, features_only=True).eval()
+def test_features_only_loads_the_classifiers_weights(create, template, x):
+    features = create(features_only=True).eval()
     wanted = features.state_dict()
     flat = {re.sub(r'^(blocks)\.', r'\1_', k): v for k, v in template.state_dict().items()}
     features.load_state_dict({k: v for k, v in flat.items() if k in wanted}, strict=True)
@@ -354,6 +386,7 @@ def test_layer_decay_scales_each_parameter_once_less_towards_the_stem(model):
     assert all(id(b) in scale for b in bases(model))
 
 
+@few_fast
 def test_grad_checkpointing_gives_the_same_result_and_gradients(model, x):
     plain, checkpointed = model.train(), copy.deepcopy(model).train()
     checkpointed.set_grad_checkpointing()
@@ -373,6 +406,7 @@ def test_grad_checkpointing_gives_the_same_result_and_gradients(model, x):
     assert len(calls) == 1
 
 
+@few_fast
 def test_fx_trace_forward(model, x):
     expected = model(x)
     nodes = get_graph_node_names(model)[1]
@@ -380,6 +414,7 @@ def test_fx_trace_forward(model, x):
     torch.testing.assert_close(traced(x)['out'], expected)
 
 
+@few_fast
 def test_fx_trace_backward(model, x):
     model.train()
     expected = loss_and_grads(copy.deepcopy(model), x)[1]
@@ -393,9 +428,10 @@ def test_fx_trace_backward(model, x):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_torchscript(name, template, x):
+@few_fast
+def test_torchscript(create, template, x):
     with timm.layers.set_scriptable(True):
-        model = timm.create_model(name).eval()
+        model = create().eval()
     model.load_state_dict(template.state_dict())
     torch.testing.assert_close(torch.jit.script(model)(x), template(x))
 
@@ -440,6 +476,7 @@ def test_channels_last(model, x):
     assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
 
 
+@few_fast
 def test_bf16_autocast_trains_and_stays_close(model, x):
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):
@@ -452,48 +489,51 @@ def test_bf16_autocast_trains_and_stays_close(model, x):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@few_fast
 def test_compile_gives_the_same_result(model, x):
     torch._dynamo.reset()
     with torch.no_grad():
         assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
 
 
+@few_fast
 def test_export(model, x):
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@few_fast
 def test_jit_trace(model, x):
     traced = torch.jit.trace(model, x)
     y = images(model, batch=3)
     torch.testing.assert_close(traced(y), model(y))
 
 
-def test_meta_device_needs_no_memory(name):
+def test_meta_device_needs_no_memory(create):
     with torch.device('meta'):
-        model = timm.create_model(name)
+        model = create()
     assert {t.device.type for t in model.state_dict().values()} == {'meta'}
 
 
-def test_device_and_dtype_arguments(name):
-    model = timm.create_model(name, dtype=torch.float64, device='cpu').eval()
+def test_device_and_dtype_arguments(create):
+    model = create(dtype=torch.float64, device='cpu').eval()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model(images(model).double()).dtype is torch.float64
 
 
-def test_state_dict_loads_strictly_into_a_fresh_model(name, model, x):
-    other = timm.create_model(name).eval()
+def test_state_dict_loads_strictly_into_a_fresh_model(create, model, x):
+    other = create().eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('name', [
-    'resnet32_cifar_s16u1_dual', *(pytest.param(n, marks=pytest.mark.slow) for n in FAST if n[-4:] != 'dual'),
-    pytest.param('resnet34_s48u1_dual', marks=pytest.mark.slow)])
-def test_compile_gives_the_same_gradients(name):
+@pytest.mark.parametrize('name, kwargs', [
+    ('resnet32_cifar_s16u1_dual', dict(layers=(2, 2), channels=(16, 32))),
+    *(pytest.param(name, {}, marks=pytest.mark.slow) for name in SHORT)])
+def test_compile_gives_the_same_gradients(name, kwargs):
     torch._dynamo.reset()
-    model = randomize_batchnorm(timm.create_model(name)).train()
+    model = randomize_batchnorm(timm.create_model(name, **kwargs)).train()
     x = images(model)
     expected, grads = loss_and_grads(copy.deepcopy(model), x)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -518,7 +558,7 @@ def test_compile_inductor():
 
 def _ddp_model() -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model('resnet20_cifar', shared_rank=4, unique_rank=1, dual=True)
+    model = timm.create_model('resnet20_cifar', layers=(2, 2, 2), shared_rank=4, unique_rank=1, dual=True)
     return randomize_batchnorm(model).double().eval()  # BatchNorm in eval mode: the split over processes is exact
 
 
@@ -527,13 +567,14 @@ def _ddp_data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 3, 16, 16, generator=generator).double(), torch.tensor([0, 1, 2, 3])
 
 
-def _ddp_worker(rank: int, folder: str) -> None:
+def _ddp_worker(rank: int, folder: str, processes: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=processes)
     model = _ddp_model()
     ddp = DistributedDataParallel(model)
     images, target = _ddp_data()
-    part = slice(2 * rank, 2 * rank + 2)
+    size = len(images) // processes
+    part = slice(size * rank, size * (rank + 1))
     F.cross_entropy(ddp(images[part]), target[part]).backward()
     torch.save({
         'grads': {k: p.grad for k, p in model.named_parameters()},
@@ -544,12 +585,16 @@ def _ddp_worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
-    mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_distributed_processes_give_the_gradients_of_one(processes, tmp_path: Path):
+    if processes == 1:
+        _ddp_worker(0, str(tmp_path), 1)
+    else:
+        mp.spawn(_ddp_worker, args=(str(tmp_path), processes), nprocs=processes)
     model = _ddp_model()
     images, target = _ddp_data()
     F.cross_entropy(model(images), target).backward()
-    for rank in range(2):
+    for rank in range(processes):
         result = torch.load(tmp_path / f'rank{rank}.pt')
         assert result['bases'] == len(bases(model)) == 6
         assert sum('basis' in k for k in result['keys']) == 6
@@ -725,6 +770,7 @@ DEFINITION = {
 }
 
 
+@pytest.mark.slow
 def test_every_name_has_the_parameters_of_its_definition():
     assert {n: count(n) for n in INTERFACE} == DEFINITION
 
@@ -737,16 +783,16 @@ def test_every_name_has_the_parameters_of_its_definition():
     (dict(shared_rank=12, unique_rank=0, dual=True), dict(shared=12, unique=0, dual=True)),
 ])
 @pytest.mark.parametrize('name, definition', [
-    ('resnet34_cifar_s8u1', wide_params),
-    ('resnet34_s32u1', resnet34_params),
-    ('resnet32_cifar_s8u1', lambda **ranks: thin_params(32, **ranks)),
+    pytest.param('resnet34_cifar_s8u1', wide_params, marks=pytest.mark.slow),
+    pytest.param('resnet34_s32u1', resnet34_params, marks=pytest.mark.slow),
+    pytest.param('resnet32_cifar_s8u1', lambda **ranks: thin_params(32, **ranks), marks=pytest.mark.slow),
     ('resnet20_cifar', lambda **ranks: thin_params(20, **ranks)),
 ])
 def test_other_ranks_follow_from_the_definition(name, definition, kwargs, ranks):
     assert count(name, **kwargs) == definition(**ranks)
 
 
-@pytest.mark.parametrize('ranks', [(32, 8), (0, 8), (64, 0)])
+@pytest.mark.parametrize('ranks', [(32, 8), *(pytest.param(r, marks=pytest.mark.slow) for r in ((0, 8), (64, 0)))])
 @pytest.mark.parametrize('name, definition', [
     ('densenet121_cifar', densenet_cifar_params), ('resnext50_cifar', resnext_cifar_params)])
 def test_other_ranks_of_grouped_and_dense_networks_follow_from_the_definition(name, definition, ranks):
@@ -776,10 +822,12 @@ def test_basis_ortho_on_banks_of_different_groups(include_unique):
     assert value == pytest.approx(squares / entries, rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize('name', ['densenet121_cifar_s64u4', 'resnext50_cifar_s16u1', 'mobilenetv2_cifar_sharedpp'])
-def test_cifar_families_fold_and_reload(name, tmp_path):
-    model = randomize_batchnorm(timm.create_model(name, num_classes=7)).eval()
-    x = images(model)
+@pytest.mark.parametrize('name, kwargs', [
+    ('densenet121_cifar_s64u4', dict(layers=(2, 2))), ('resnext50_cifar_s16u1', dict(layers=(2, 1), widths=(256, 512))),
+    ('mobilenetv2_cifar_sharedpp', {})])
+def test_cifar_families_fold_and_reload(name, kwargs, tmp_path):
+    model = randomize_batchnorm(timm.create_model(name, num_classes=7, **kwargs)).eval()
+    x = images(model, batch=1, size=16)
     save_model(model, tmp_path / 'a.safetensors')
     torch.testing.assert_close(load_model(tmp_path / 'a.safetensors')(x), model(x), rtol=0, atol=0)
     folded = fold(model)

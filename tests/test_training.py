@@ -116,6 +116,7 @@ def test_every_option_trains_and_loads(tmp_path, options):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_bit_identical_end(tmp_path, image_folder):
     """SIGKILL in the middle of training, then --resume, on real files with a worker process."""
     def command(name, *extra):
@@ -170,6 +171,7 @@ def test_failed_save_keeps_the_last_one(tmp_path, monkeypatch):
     assert not list((tmp_path / 'run').glob('*.tmp'))
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_train_one_model(tmp_path, image_folder):
     run = tmp_path / 'run'
     result = subprocess.run([
@@ -196,6 +198,7 @@ def test_both_of_two_processes_know_the_best_epoch(tmp_path, monkeypatch):
     assert not (tmp_path / 'run' / 'last.safetensors').exists(), 'the first process writes'
 
 
+@pytest.mark.slow
 def test_a_process_that_loses_another_says_so_in_one_line(tmp_path):
     code = '''
 import os, sys
@@ -242,6 +245,7 @@ def test_without_a_terminal_long_epochs_print_lines(tmp_path, capsys, monkeypatc
     assert all({'loss', 'top1', 'lr', 'img/s'} <= {word.split()[0] for word in line.split('  ')} for line in lines)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """Same global batch, BN in eval mode, where the average over processes is exact; in float64."""
     x, target = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.arange(8) % 10

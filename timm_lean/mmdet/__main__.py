@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm_lean.mmdet  # noqa: F401  (also in worker processes started by spawn, which import this file)
-from timm_lean.mmdet.launch import test_main, train_main
+from timm_lean_cli.detectors import test_main, train_main
 
 _USAGE = 'usage: python -m timm_lean.mmdet {train CONFIG | test FILE | SCRIPT} [ARGS ...]'
 

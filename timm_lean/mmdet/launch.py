@@ -1,20 +1,15 @@
-"""What `tools/train_det.py` and `test_det.py` do: MMEngine's Runner behind the options MMDetection users know.
+"""Training and evaluation of a detector by its config: MMEngine's Runner behind checks.
 
 Before a Runner is built the config and its data are looked at, so that a mistake is one line and not a traceback from
 a dataset. On a machine without a GPU, AMP is left out (MMEngine has none there) and processes talk through gloo.
 """
-import argparse
-import os
-import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.evaluation import DumpDetResults
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
 from timm_lean.checkpoint.files import output_file
@@ -27,52 +22,40 @@ from .hooks import unwrap
 from .own_data import settle_data
 from .settings import open_config
 
-__all__ = ['main_message', 'prepare', 'test_main', 'train_main']
-
-_CONFIG_HELP = "config file, or 'mmdet::...' or 'timm_lean::...' for one that comes with the package"
-_NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config '
-             'file, or set its keys one by one.')
+__all__ = ['prepare', 'test_detector', 'train_detector']
 
 
-def train_main(argv: Sequence[str] | None = None, prog: str = 'train_det.py') -> int:
-    """`tools/train_det.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description='Train a detector.')
-    parser.add_argument('config', help=_CONFIG_HELP)
-    _add_common(parser)
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from this checkpoint, or from the latest one in the work dir')
-    parser.add_argument('--amp', action='store_true', help='mixed precision')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
-    return _run(parser, argv, _train)
+def train_detector(
+        config: str,
+        *,
+        resume: str | None = None,
+        amp: bool = False,
+        auto_scale_lr: bool = False,
+        **kwargs: Any,
+) -> None:
+    """Train a detector.
 
+    Args:
+        config: A config file, or 'mmdet::...' or 'timm_lean::...'.
+        resume: Continue from this checkpoint; 'auto' for the latest one in the work dir.
+        amp: Mixed precision.
+        auto_scale_lr: Scale the learning rate with the batch size.
+        **kwargs: What `_settle` sets in the config.
 
-def test_main(argv: Sequence[str] | None = None, prog: str = 'test_det.py') -> int:
-    """`tools/test_det.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description='Evaluate a detector.')
-    parser.add_argument('config', nargs='?', help=f'{_CONFIG_HELP}; the one in the checkpoint if left out')
-    parser.add_argument('checkpoint', help='.safetensors or .pth file, or the folder of an exported detector')
-    _add_common(parser)
-    parser.add_argument('--out', metavar='FILE', help='write the predictions to a .pkl file')
-    parser.add_argument('--show', action='store_true', help='show pictures of the predictions in a window')
-    parser.add_argument('--show-dir', metavar='DIR', help='write pictures of the predictions there')
-    parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS', help='how long --show shows each')
-    parser.add_argument('--tta', action='store_true',
-                        help="test-time augmentation, by the config's tta_model and tta_pipeline or by flipping")
-    return _run(parser, argv, _test)
-
-
-def _train(args: argparse.Namespace) -> None:
-    cfg = _settle(open_config(args.config), args, args.config)
-    if args.amp:
+    Raises:
+        LeanError: The config, an option or the data is wrong.
+    """
+    cfg = _settle(open_config(config), config, **kwargs)
+    if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    if args.auto_scale_lr:
+    if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise LeanError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
+    if resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.load_from = None if resume == 'auto' else resume
     prepare(cfg, ('train', 'val'))
     with registry_errors():
         runner = Runner.from_cfg(cfg)
@@ -83,34 +66,59 @@ def _train(args: argparse.Namespace) -> None:
         runner.train()
 
 
-def _test(args: argparse.Namespace) -> None:
-    out = output_file(args.out, '.pkl', '--out') if args.out else None
-    if not args.wait_time >= 0:
-        raise LeanError(f'--wait-time takes seconds of at least 0, got {args.wait_time}.')
-    checkpoint = Path(args.checkpoint)
-    if args.config is None:
-        cfg = _settle(_stored_config(checkpoint), args, args.checkpoint)
+def test_detector(
+        checkpoint: str,
+        config: str | None = None,
+        *,
+        out: str | None = None,
+        show: bool = False,
+        show_dir: str | None = None,
+        wait_time: float = 2.,
+        tta: bool = False,
+        **kwargs: Any,
+) -> None:
+    """Evaluate a detector.
+
+    Args:
+        checkpoint: A .safetensors or .pth file, or the folder of an exported detector.
+        config: Its config; the one in the checkpoint if None.
+        out: Write the predictions to this .pkl file.
+        show: Show pictures of the predictions in a window.
+        show_dir: Write pictures of the predictions there.
+        wait_time: Seconds for which `show` shows each.
+        tta: Test-time augmentation, by the config's tta_model and tta_pipeline or by flipping.
+        **kwargs: What `_settle` sets in the config.
+
+    Raises:
+        LeanError: The config, an option, the checkpoint or the data is wrong.
+    """
+    out_file = output_file(out, '.pkl', '--out') if out else None
+    if not wait_time >= 0:
+        raise LeanError(f'--wait-time takes seconds of at least 0, got {wait_time}.')
+    path = Path(checkpoint)
+    if config is None:
+        cfg = _settle(_stored_config(path), checkpoint, **kwargs)
     else:
-        cfg = _settle(open_config(args.config), args, args.config)
+        cfg = _settle(open_config(config), config, **kwargs)
     cfg.load_from, cfg.resume = None, False
     prepare(cfg, ('test',))
-    if args.show or args.show_dir:
+    if show or show_dir:
         cfg.setdefault('default_hooks', {})
         cfg.default_hooks['visualization'] = dict(
-            type='DetVisualizationHook', draw=True, show=args.show, wait_time=args.wait_time,
-            test_out_dir=str(Path(args.show_dir).absolute()) if args.show_dir else None)
+            type='DetVisualizationHook', draw=True, show=show, wait_time=wait_time,
+            test_out_dir=str(Path(show_dir).absolute()) if show_dir else None)
         if not cfg.get('visualizer'):  # a file says none, for it says where to write
             cfg.visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
-    if args.tta:
+    if tta:
         _augment(cfg)
     with registry_errors():
         runner = Runner.from_cfg(cfg)
     detector = unwrap(runner.model)
     load_strictly(
-        detector.module if args.tta else detector,  # type: ignore[arg-type]
-        checkpoint / WEIGHTS_FILE if checkpoint.is_dir() else checkpoint)
-    if out is not None:
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out)))
+        detector.module if tta else detector,  # type: ignore[arg-type]
+        path / WEIGHTS_FILE if path.is_dir() else path)
+    if out_file is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out_file)))
     with registry_errors():
         runner.test()
 
@@ -174,63 +182,38 @@ def prepare(cfg: Config, splits: Sequence[str]) -> None:
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--work-dir', metavar='DIR', help="folder of the run (default work_dirs/CONFIG's name)")
-    parser.add_argument('--data-root', metavar='DIR', help="the dataset's folder, instead of the config's data_root")
-    parser.add_argument('--classes', nargs='*', metavar='NAME',
-                        help="the data's classes, instead of the config's; without names those in the annotations")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, e.g. train_dataloader.batch_size=4')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='how several processes were started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+def _settle(
+        cfg: Config,
+        name: str,
+        *,
+        work_dir: str | None = None,
+        data_root: str | None = None,
+        classes: Sequence[str] | None = None,
+        cfg_options: dict[str, Any] | None = None,
+        launcher: str = 'none',
+) -> Config:
+    """Set in a config what was given.
 
-
-def _settle(cfg: Config, args: argparse.Namespace, name: str) -> Config:
-    """A config with what the arguments say set in it; `name` is where it comes from."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg.launcher = args.launcher
+    Args:
+        cfg: The config, changed in place.
+        name: Where it comes from.
+        work_dir: Folder of the run; `work_dirs/` and the config's name if neither this nor the config says.
+        data_root: The dataset's folder, instead of the config's.
+        classes: The data's classes, instead of the config's; those in the annotations if empty.
+        cfg_options: Settings by their dotted names.
+        launcher: How several processes were started: none, pytorch, slurm or mpi.
+    """
+    cfg.launcher = launcher
     if 'model' not in cfg:
         raise LeanError(f'{name} has no model.')
-    settle_data(cfg, args.data_root, args.classes)
-    if args.cfg_options:
+    settle_data(cfg, data_root, classes)
+    if cfg_options:
         try:
-            cfg.merge_from_dict(args.cfg_options)
+            cfg.merge_from_dict(cfg_options)
         except (KeyError, TypeError, IndexError) as e:
             raise LeanError(f'--cfg-options do not fit the config: {e}') from e
-    if args.work_dir:
-        cfg.work_dir = args.work_dir
+    if work_dir:
+        cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs') / Path(name).stem)
     return cfg
-
-
-def _run(
-        parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None],
-) -> int:
-    try:
-        args = parser.parse_intermixed_args(argv)
-    except RecursionError:  # MMEngine's parser, at a dict with a comma
-        parser.error(_NO_DICTS)
-    if 'dict(' in str(args.cfg_options or ''):  # one without is a string to it
-        parser.error(_NO_DICTS)
-    try:
-        work(args)
-    except LeanError as e:
-        if args.debug:
-            traceback.print_exc()
-        print(f'{parser.prog}: {main_message(e)}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
-
-
-def main_message(error: Exception) -> str:
-    """An error in one line. Raised in a data loading process it carries that process's traceback in its text."""
-    return ' '.join(re.split(r'\w*(?:Lean|Checkpoint)Error: ', str(error))[-1].split())
