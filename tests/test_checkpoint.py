@@ -26,6 +26,8 @@ from timm_lean.layers import SharedBasisConv2d
 
 
 def model_of(name: str, **kwargs) -> nn.Module:
+    if name.startswith(('resnet20_', 'resnet32_')):
+        kwargs.setdefault('layers', [2, 2, 2])  # one of each pair of layers that could differ
     return randomize_batchnorm(timm.create_model(name, **kwargs)).eval()
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 import timm_lean_cli
 from timm_lean import LeanError, load_model, save_model
 from timm_lean.errors import OutputError
-from timm_lean.measure.report import ModelReport
 
 
 def run(capsys, *args):
@@ -38,11 +37,16 @@ def checkpoint(tmp_path_factory):
 
 
 def test_models_lists_names_with_params_and_macs(capsys):
-    code, out, _ = run(capsys, 'models', 's16u1_dual')
+    names = ['resnet32_cifar_s16u1_dual', 'resnet56_cifar_s16u1_dual']
+    assert run(capsys, 'models', 's16u1_dual')[:2] == (0, ''.join(f'{name}  @32\n' for name in names))
+    code, out, _ = run(capsys, 'models', 's16u1_dual', '--counts')
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ['resnet32_cifar_s16u1_dual', 'resnet56_cifar_s16u1_dual']
+    assert [line.split()[0] for line in out.splitlines()] == names
     assert '245,642 params' in out and '319,226 params' in out
-    assert json.loads(run(capsys, 'models', 'resnet34_s48u1_dual', '--json')[1])[0]['params'] == 11_786_968
+    found = json.loads(run(capsys, 'models', 'resnet34_s48u1_dual', '--counts', '--json')[1])[0]
+    assert found['params'] == 11_786_968
+    plain = json.loads(run(capsys, 'models', 'resnet34_s48u1_dual', '--json')[1])
+    assert plain == [dict(name='resnet34_s48u1_dual', img_size=224)]
 
 
 def test_info_compares_a_checkpoint_with_a_name(capsys, checkpoint):
@@ -243,9 +247,7 @@ def test_nothing_to_fold_is_a_note(capsys, tmp_path):
     assert code == 0 and 'nothing to fold' in out and load_model(tmp_path / 'f.safetensors')
 
 
-def test_models_shared_lists_those_whose_names_say_only_a_rank(capsys, monkeypatch):
-    monkeypatch.setattr('timm_lean.measure.model_reports', lambda names: [
-        ModelReport(name, 1, 1, 1, 32) for name in names])
+def test_models_shared_lists_those_whose_names_say_only_a_rank(capsys):
     names = [line.split()[0] for line in run(capsys, 'models', 'shared')[1].splitlines()]
     assert {'resnet34_s48u1_dual', 'resnet56_cifar_s16u1', 'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1',
             'resnet50_shared', 'mobilenetv2_100_sharedpp'} <= set(names)

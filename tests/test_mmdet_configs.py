@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 from mmdet_support import CONFIGS, ROOT, batch, losses_of, open_config, predictions_of
+from mmengine import hub
 
+from timm_lean import LeanError
 from timm_lean.mmdet import TimmBackbone
 from timm_lean.mmdet.detector import build_detector
 
 ALL = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name != '_base_')
 FAST = (
-    'faster-rcnn_mobilenetv2_100_shared_1x_coco', 'retinanet_resnet34_s48u1_dual_1x_coco',
-    'retinanet_resnet34_s8u1_bccd', 'retinanet_resnet34_scenes',
+    'faster-rcnn_mobilenetv2_100_shared_1x_coco', 'retinanet_resnet34_s8u1_bccd',
 )
 SHARED_NAMES = ('s48u1', 's8u1', 'shared', 'sharedpp')
 
@@ -77,6 +78,13 @@ def test_dense_and_shared_scenes_have_the_same_shape():
         p.numel() for p in dense.backbone.parameters())
 
 
+def test_mmengine_opens_them_by_name():
+    cfg = hub.get_config('timm_lean::bccd/retinanet_resnet34_bccd.py')
+    assert cfg.model == open_config(CONFIGS / 'bccd' / 'retinanet_resnet34_bccd.py').model
+    with pytest.raises(LeanError, match='no trained weights'):
+        hub.get_config('timm_lean::bccd/retinanet_resnet34_bccd.py', pretrained=True)
+
+
 @pytest.mark.slow
 def test_a_wheel_carries_the_configs(tmp_path):
     """Built from a copy, as the build leaves files beside the sources."""
@@ -90,8 +98,12 @@ def test_a_wheel_carries_the_configs(tmp_path):
     folder = tmp_path / 'built' / 'timm_lean' / '.mim' / 'configs'
     assert sorted(p.relative_to(folder) for p in folder.rglob('*.py')) == sorted(
         p.relative_to(CONFIGS) for p in CONFIGS.rglob('*.py'))
-    code = ("from timm_lean.mmdet.settings import open_config\n"
-            "print(open_config('timm_lean::bccd/retinanet_resnet34_bccd.py').filename)")
+    (tmp_path / 'mine.py').write_text("_base_ = 'timm_lean::bccd/retinanet_resnet34_bccd.py'")
+    code = ("import timm_lean.mmdet\n"
+            "from mmengine import Config, hub\n"
+            "cfg = hub.get_config('timm_lean::bccd/retinanet_resnet34_bccd.py')\n"
+            "assert Config.fromfile('mine.py').model == cfg.model\n"
+            "print(cfg.filename)")
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
                             env={**os.environ, 'PYTHONPATH': str(tmp_path / 'built')})
     assert result.stdout.strip() == str(folder / 'bccd' / 'retinanet_resnet34_bccd.py')

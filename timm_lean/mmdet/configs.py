@@ -1,4 +1,5 @@
-"""This package's configs by name: `timm_lean::retinanet/retinanet_resnet50_shared_1x_coco.py`, also as a `_base_`.
+"""This package's configs by name: `timm_lean::retinanet/retinanet_resnet50_shared_1x_coco.py`, for
+`mmengine.hub.get_config` and as a `_base_`.
 
 In a wheel they lie in `timm_lean/.mim/configs`, where MMEngine keeps the configs of packages; in a checkout in
 `mmdet_configs/`. MMEngine's own look-up by package name does not serve: it takes only packages of its list, does not
@@ -8,7 +9,9 @@ where MMDetection's are unknown.
 import functools
 from pathlib import Path
 
+import mmengine.hub
 from mmengine.config import Config
+from mmengine.hub import hub
 
 from timm_lean.errors import LeanError
 
@@ -36,16 +39,25 @@ def config_file(name: str) -> Path:
 
 
 def install() -> None:
-    """Let configs inherit from this package's: `_base_ = 'timm_lean::...'`. Idempotent."""
-    original = Config._get_cfg_path
-    if getattr(original, 'knows_timm_lean', False):
+    """Let MMEngine open this package's configs, as a `_base_` and by `mmengine.hub.get_config`. Idempotent."""
+    if getattr(Config._get_cfg_path, 'knows_timm_lean', False):
         return
+    base_path, packages_config = Config._get_cfg_path, hub.get_config
 
-    @functools.wraps(original)
+    @functools.wraps(base_path)
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if cfg_path.startswith(PREFIX):
             return str(config_file(cfg_path)), None
-        return original(cfg_path, filename)
+        return base_path(cfg_path, filename)
+
+    @functools.wraps(packages_config)
+    def get_config(cfg_path: str, pretrained: bool = False) -> Config:
+        if not cfg_path.startswith(PREFIX):
+            return packages_config(cfg_path, pretrained)
+        if pretrained:
+            raise LeanError(f'There are no trained weights for {cfg_path}. Leave out pretrained=True.')
+        return Config.fromfile(config_file(cfg_path))
 
     get_cfg_path.knows_timm_lean = True  # type: ignore[attr-defined]
     Config._get_cfg_path = staticmethod(get_cfg_path)
+    mmengine.hub.get_config = hub.get_config = get_config

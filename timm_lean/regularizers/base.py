@@ -1,4 +1,5 @@
 """The base class and the registry of regularizers."""
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -111,9 +112,10 @@ def create_regularizer(name: str, **kwargs: Any) -> Regularizer:
         raise LeanError(f'Unknown regularizer {name!r}. Known: {", ".join(list_regularizers())}.')
     schedule = kwargs.pop('schedule', None)
     try:
-        regularizer = _REGISTRY[name](**kwargs)
+        inspect.signature(_REGISTRY[name]).bind(**kwargs)
     except TypeError as e:
         raise LeanError(f'Regularizer {name!r} does not take these arguments: {e}.') from e
+    regularizer = _REGISTRY[name](**kwargs)
     if schedule is not None:
         regularizer.set_schedule(schedule)
     return regularizer
