@@ -10,6 +10,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 HEADLESS = $(BIN)/python -c "import cv2" 2>/dev/null || { $(PIP) uninstall --quiet --yes opencv-python && \
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) opencv-python-headless; }
 
+# pip compiles on one core, and tests that nobody runs too.
+COMPILE = $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib || true
+
 N ?= 1000
 
 .PHONY: demo test test-all test-fast test-versions fuzz lint format clean
@@ -46,13 +49,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[mmdet]"
+	$(PIP) install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[mmdet]"
 	@$(HEADLESS)
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,mmdet]"
+	$(PIP) install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev,mmdet]"
 	@$(HEADLESS)
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 clean:

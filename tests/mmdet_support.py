@@ -52,7 +52,7 @@ def scenes_config(folder: Path, path: Path = SHARED, epochs: int = 1) -> Config:
         backbone.model_args.shared_rank = 4
     cfg.train_cfg.update(max_epochs=epochs, val_interval=1)
     cfg.param_scheduler = []
-    cfg.model.test_cfg.score_thr = 0.  # there is something to evaluate after two iterations too
+    cfg.model.test_cfg.update(score_thr=0., max_per_img=10)  # there is something to evaluate after two iterations too
     return cfg
 
 
@@ -60,7 +60,8 @@ def option_list(folder: Path, epochs: int = 1) -> list[str]:
     """`--cfg-options` with the effect of `scenes_config`."""
     options = ['train_cfg.val_interval=1', f'train_cfg.max_epochs={epochs}', 'param_scheduler=[]',
                'model.backbone.model_args.channels=(8,16,24,32)', 'model.backbone.model_args.layers=(2,2,2,2)',
-               'model.backbone.model_args.shared_rank=4', 'model.test_cfg.score_thr=0', 'log_level=ERROR']
+               'model.backbone.model_args.shared_rank=4', 'model.test_cfg.score_thr=0', 'model.test_cfg.max_per_img=10',
+               'log_level=ERROR']
     for split in ('train', 'val', 'test'):
         options += [f'{split}_dataloader.batch_size=4', f'{split}_dataloader.dataset.size=64',
                     f'{split}_dataloader.dataset.counts.train=8', f'{split}_dataloader.dataset.counts.val=4']

@@ -20,7 +20,7 @@ from timm_lean.training.data import digits_split
 
 def small(**kwargs):
     torch.manual_seed(0)
-    model = timm.create_model('resnet20_cifar', layers=(2, 2, 1), **{'shared_rank': 8, 'unique_rank': 1, **kwargs})
+    model = timm.create_model('resnet20_cifar', layers=(2, 2, 2), **{'shared_rank': 8, 'unique_rank': 1, **kwargs})
     return randomize_batchnorm(model).eval()
 
 
