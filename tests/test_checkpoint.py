@@ -65,7 +65,8 @@ ROUND_TRIPS = {
 }
 
 
-@pytest.mark.parametrize('kind', ROUND_TRIPS)
+@pytest.mark.parametrize('kind', [
+    pytest.param(k, marks=pytest.mark.slow) if k in ('sharedpp', 'folded mobilenet') else k for k in ROUND_TRIPS])
 def test_round_trip_is_bit_for_bit(kind, tmp_path):
     model = ROUND_TRIPS[kind]()
     save_model(model, tmp_path / 'm.safetensors')
@@ -77,7 +78,8 @@ def test_round_trip_is_bit_for_bit(kind, tmp_path):
     assert recipe_of(loaded) == recipe_of(model)
 
 
-@pytest.mark.parametrize('kind', ['shared', 'head and channels', 'folded', 'stock resnet18'])
+@pytest.mark.parametrize('kind', [
+    'shared', 'head and channels', 'folded', pytest.param('stock resnet18', marks=pytest.mark.slow)])
 def test_a_loaded_model_saves_to_the_same_file(kind, tmp_path):
     save_model(ROUND_TRIPS[kind](), tmp_path / 'a.safetensors')
     save_model(load_model(tmp_path / 'a.safetensors'), tmp_path / 'b.safetensors')
@@ -155,7 +157,9 @@ def test_there_is_no_pickle_in_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('resnet32_cifar_s16u1_dual', {}), ('resnet32_cifar_s8u1', dict(num_classes=7)), ('resnet18', dict(num_classes=3))])
+    ('resnet32_cifar_s16u1_dual', dict(layers=[2, 2, 2])),
+    ('resnet32_cifar_s8u1', dict(layers=[3, 2, 2], num_classes=7)),
+    ('resnet18', dict(num_classes=3))])
 def test_timm_loads_a_file_by_checkpoint_path(name, kwargs, tmp_path):
     model = model_of(name, **kwargs)
     save_model(model, tmp_path / 'm.safetensors')
@@ -496,7 +500,7 @@ def test_tensor_entries_that_lie(good, tmp_path, change):
     dict(pretrained=True, pretrained_cfg_overlay={'file': '/nowhere/evil.pth'}), dict(features_only=True),
     dict(cache_dir='/nowhere'), dict(device='cpu'), dict(dtype='float64'), dict(base='resnet18'), dict(recipe=[])],
     ids=lambda args: '+'.join(args))
-@pytest.mark.parametrize('name', ['resnet20_cifar', 'resnet18'])
+@pytest.mark.parametrize('name', ['resnet20_cifar', pytest.param('resnet18', marks=pytest.mark.slow)])
 def test_arguments_that_reach_outside_the_file_are_refused(good, tmp_path, monkeypatch, name, args):
     """A checkpoint describes a structure; it does not download, open other files or choose devices."""
     touched = []

@@ -146,6 +146,7 @@ def test_a_pruned_student_stays_pruned(tmp_path, teacher):
             assert torch.equal(live_kernels(module.weight), live_kernels(after.get_submodule(name).weight)), name
 
 
+@pytest.mark.slow
 def test_compiled(teacher):
     x, target = torch.randn(4, 3, 8, 8), torch.arange(4)
     losses = []

@@ -50,6 +50,7 @@ def onnx_output(path, images):
     return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
 
+@pytest.mark.slow
 def test_prune_fold_save_load_onnx_is_one_function(tmp_path, digits):
     pruned = small()
     pruned = prune_kernels(pruned, criterion='spectral_norm', amount=0.3)
@@ -103,13 +104,13 @@ def test_share_prune_finetune_fold_save_load_onnx(name, tmp_path):
     np.testing.assert_allclose(onnx_output(tmp_path / 'a.onnx', x), expected, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize('batch', [1, 4])
-def test_torch_export_reloads_with_another_batch_size(tmp_path, digits, batch):
+def test_torch_export_reloads_with_another_batch_size(tmp_path, digits):
     model = small()
     forms.save_torch_export(model, digits, tmp_path / 'a.pt2')
     loaded = torch.export.load(tmp_path / 'a.pt2').module()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(digits[:batch]), model(digits[:batch]))
+        for batch in (1, 4):
+            torch.testing.assert_close(loaded(digits[:batch]), model(digits[:batch]))
 
 
 def test_half_file_is_half_and_loads_back(tmp_path, digits):
@@ -169,7 +170,7 @@ def test_fold_of_an_unknown_layer_names_it():
 def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path, digits):
     monkeypatch.setattr(forms, 'onnx_form', lambda data: forms.RunnableForm(lambda x: torch.zeros(len(x), 10)))
     with pytest.raises(LeanError, match='differs'):
-        forms.save_onnx(small(), digits, tmp_path / 'a.onnx')
+        forms.save_onnx(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), digits, tmp_path / 'a.onnx')
     assert not list(tmp_path.iterdir())
 
 

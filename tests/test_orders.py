@@ -11,6 +11,7 @@ from timm_lean import LeanError, compact, fold, load_model, prune_channels, prun
 from timm_lean.pruning import kernel_report
 
 X = torch.zeros(1, 3, 32, 32)
+NETWORKS = {'resnet20_cifar': dict(layers=[2, 2, 2]), 'resnet10t': dict(channels=[16, 32, 64, 128])}
 VERBS = {
     'share': lambda m: share(m, shared_rank=6),
     'prune_kernels': lambda m: prune_kernels(m, amount=0.5),
@@ -37,7 +38,7 @@ def first_step(known: dict, name: str, verb: str, shared: bool) -> nn.Module:
     key = name, verb, shared
     if key not in known:
         torch.manual_seed(0)
-        model = randomize_batchnorm(timm.create_model(name, num_classes=5)).eval()
+        model = randomize_batchnorm(timm.create_model(name, num_classes=5, **NETWORKS[name])).eval()
         steps = [verb] if not shared else ['prune_channels', 'share'] if verb == 'prune_channels' else ['share', verb]
         for step in steps:
             model = VERBS[step](model)
@@ -45,8 +46,8 @@ def first_step(known: dict, name: str, verb: str, shared: bool) -> nn.Module:
     return known[key]
 
 
-@pytest.mark.parametrize('first, second', itertools.product(VERBS, VERBS))
-@pytest.mark.parametrize('name', ['resnet20_cifar', 'resnet10t'])
+@pytest.mark.parametrize('first, second', list(itertools.product(VERBS, VERBS)))
+@pytest.mark.parametrize('name', NETWORKS)
 def test_pair(name, first, second, after_first, tmp_path):
     """What is folded must be shared before, so pairs with `fold` have a shared network between or before them."""
     model = first_step(after_first, name, first, shared='fold' in (first, second) and first != 'share')

@@ -45,6 +45,7 @@ def test_the_schedule_is_met_and_the_best_network_is_a_pruned_one(gradual):
     assert (gradual / 'run' / 'last.safetensors').stat().st_size < 0.4 * plain
 
 
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(gradual, tmp_path):
     settings = dict(**TINY, ema=True, ema_decay=0.9, prune=CUBIC, output=str(tmp_path / 'run'))
     from timm_lean.training.engine import Trainer

@@ -162,6 +162,7 @@ def test_large_batches_are_computed_by_the_composed_kernel():
     assert counter.get_total_flops() // 2 == 4 * 26 * (72 + 16)
 
 
+@pytest.mark.slow
 def test_converted_networks_trace_compile_and_export():
     model = share(network(layers=(2, 2, 2)), shared_rank=40).eval()
     x = X[:2]
