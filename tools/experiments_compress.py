@@ -8,6 +8,7 @@ Techniques, and what --size means for them:
   share               share of the parameters that is left
   kernels             share of the kernels that is pruned, by spectral norm
   channels            share of every layer's channels that is removed, by spectral norm
+  blocks              number of residual blocks that are removed, those first that change the output least
   torch-pruning       share of the parameters that is left by removing channels by Torch-Pruning's magnitude importance
   torch-pruning-cut   share of every layer's channels that are removed by it: the same sizes as `channels`
 --calibrate N repairs the result with N unlabelled training images, which --seed draws. Writes DIR/last.safetensors,
@@ -33,22 +34,26 @@ from reproduce_sharing import cheapest_macs
 from timm_lean import LeanError, load_model, prune_channels, prune_kernels, save_model, share
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.measure.report import count_params
+from timm_lean.pruning import rank_blocks, remove_blocks
 from timm_lean.training.data import create_eval_loader, model_data_config, open_dataset
 from timm_lean.training.device import resolve_device
 from timm_lean.training.evaluate import evaluate
 
+_EXAMPLES = 128
 ROUND_TO = 4  # channels; the networks for small images have no more than 16 in their first stage
 
 
 def compress(model: nn.Module, technique: str, size: float, batches: Any, x: torch.Tensor) -> nn.Module:
-    """A smaller copy of the network; `batches` are images to calibrate with, or None."""
+    """A smaller copy of the network; `batches` are images to calibrate with, or None, `x` a few to look at it with."""
     repair: dict[str, Any] = {} if batches is None else {'calibration': batches}
     if technique == 'share':
         return share(model, params=size, **repair)
     if technique == 'kernels':
         return prune_kernels(model, amount=size, **repair)
+    if technique == 'blocks':
+        return remove_blocks(model, blocks=rank_blocks(model, x)[:int(size)], **repair)
     importance = tp.importance.MagnitudeImportance(p=2) if technique.startswith('torch-pruning') else None
-    cut = partial(prune_channels, model, x, importance=importance)
+    cut = partial(prune_channels, model, x[:1], importance=importance)
     if technique != 'torch-pruning':
         return cut(pruning_ratio=size, round_to=ROUND_TO, **repair)
     goal = size * count_params(model)
@@ -80,14 +85,14 @@ def images(data_dir: str, split: str, model: nn.Module, device: torch.device, co
 def run(args: argparse.Namespace) -> None:
     start, device, folder = time.perf_counter(), resolve_device(args.device), writable_dir(args.output)
     model = load_model(args.model).to(device)
-    x = torch.zeros(1, *model_data_config(model)['input_size'], device=device)
+    x = next(iter(images(args.data_dir, 'train', model, device, _EXAMPLES)))[0]
     batches = images(args.data_dir, 'train', model, device, args.calibrate, args.seed) if args.calibrate else None
     if args.technique != 'none':
         model = compress(model, args.technique, args.size, batches, x)
     save_model(model, folder / 'last.safetensors')
     result = {
         'top1': evaluate(model, images(args.data_dir, 'eval', model, device), device)['top1'],
-        'params': count_params(model), 'macs': cheapest_macs(model, x),
+        'params': count_params(model), 'macs': cheapest_macs(model, x[:1]),
         'bytes': (folder / 'last.safetensors').stat().st_size, 'seconds': round(time.perf_counter() - start, 1)}
     with atomic_file(folder / 'result.json') as temporary:
         temporary.write_text(json.dumps(result) + '\n')
@@ -99,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         prog='experiments_compress', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True, metavar='FILE')
     p.add_argument('--technique', required=True, choices=[
-        'none', 'share', 'kernels', 'channels', 'torch-pruning', 'torch-pruning-cut'])
+        'none', 'share', 'kernels', 'channels', 'blocks', 'torch-pruning', 'torch-pruning-cut'])
     p.add_argument('--size', type=float, default=1.)
     p.add_argument('--calibrate', type=int, default=0, metavar='N', help='unlabelled training images (default: none)')
     p.add_argument('--data-dir', required=True, metavar='DIR')

@@ -35,7 +35,8 @@ _AFTER = ('plain', 'calibrated', 'trained on')  # how the names of question 2 en
 _WAYS = """Made smaller at once (plain), repaired with unlabelled training images that each seed draws (calibrated),
 then trained for 2 epochs more (trained on); compare techniques within one of these columns only. Accuracy is on all
 test images. Size is the share of the parameters that is left for `share` and `torch-pruning`, the share of
-kernels pruned for `kernels`, and of each layer's channels removed for `channels` and `torch-pruning-cut`."""
+kernels pruned for `kernels`, of each layer's channels removed for `channels` and `torch-pruning-cut`, and the number
+of residual blocks removed for `blocks`."""
 _INTRO = """# Results
 
 What was trained and compressed with this package: networks trained here, compared with each other. Published figures of
