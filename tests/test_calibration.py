@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import Calibration, calibrate, output_scores, output_spectra
+from timm_lean.calibration import Calibration, calibrate, insert_norms, output_scores, output_spectra
 from timm_lean.calibration.layers import LinearMap
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
@@ -274,6 +274,19 @@ def test_images_of_two_sizes_and_a_network_that_takes_one(images):
         calibrate(original, original, [images[:8], images[:8, :, :12, :12]])
     original = network()
     assert calibrate(pruned(original), original, [images, images[:8, :, :12, :12]]).calibration_report.rounds == 1
+
+
+def test_a_batch_of_one_image_and_one_value_for_a_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    insert_norms(model, ['3'], torch.rand(8, 3, 8, 8).split(2))
+    with pytest.raises(LeanError, match='batches of at least 2 images'):
+        insert_norms(model, ['3'], torch.rand(4, 3, 8, 8).split(1))
+
+
+def test_half_precision_comes_last(images):
+    original = network()
+    with pytest.raises(LeanError, match=r'is float16: compress and calibrate first, half\(\) last'):
+        calibrate(pruned(original).half(), original, [images])
 
 
 def test_too_little_memory(images, monkeypatch):

@@ -69,6 +69,8 @@ def test_without_training_images_it_says_so(dense, tmp_path, capsys):
     (['--amount', '0.5', '--calibrate', '8'], '--calibrate needs training images'),
     (['--amount', '0.5', *DIGITS, '--calibrate', '-3'], '--calibrate must be'),
     (['--amount', '0.5', *DIGITS, '--calibrate', '2'], 'at least 4'),
+    (['--amount', '0.5', *DIGITS, '--calibrate-positions', '0'], 'positions of calibration must be'),
+    (['--amount', '0.5', '--calibrate-positions', '8'], '--calibrate-positions is for calibration'),
     (['--amount', '0.5', '--criterion', 'output'], "criterion='output' needs calibration"),
     (['--granularity', 'block', '--count', '1'], 'needs calibration'),
     (['--granularity', 'block', *DIGITS, '--calibrate', '8'], 'exactly one of count, blocks and ratio'),

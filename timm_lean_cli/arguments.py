@@ -56,6 +56,8 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
     """Training images by which a changed network is repaired at once, see `timm_lean.calibration`."""
     p.add_argument('--calibrate', type=int, metavar='N',
                    help='repair the result at once by N training images without labels (default 512 with data, 0: not)')
+    p.add_argument('--calibrate-positions', type=int, metavar='N',
+                   help='fit each layer to N positions of each of these images at most (default 64)')
 
 
 def add_finetuning(p: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ def change_network(
     Args:
         args: Those of `add_model`, `add_calibration`, `add_finetuning` and `add_json`, and `output`.
         title: What the changed network is called in the table.
-        change: `(network, example images [1, C, H, W], batches to calibrate with or None)` to a new network, with a
+        change: `(network, example images [1, C, H, W], what to calibrate with or None)` to a new network, with a
             `lean_report`.
         check: Called with the network before any work is done.
 
@@ -82,25 +82,29 @@ def change_network(
 
 
 def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Any:
-    """Batches of training images on the device of the command; None without data or with `--calibrate 0`."""
+    """Training images to calibrate with; None without data or with `--calibrate 0`."""
+    from timm_lean.calibration import Calibration
     from timm_lean.errors import LeanError
     from timm_lean.training.data import open_eval_loader
     number = args.calibrate
     if number is not None and number < 0:
         raise LeanError(f'--calibrate must be a number of images of at least 0, got {number}.')
-    if not (args.data or args.data_dir):
-        if number:
-            raise LeanError('--calibrate needs training images: --data-dir DIR, or --data digits.')
-        return None
-    if number == 0:
+    there = bool(args.data or args.data_dir)
+    if number and not there:
+        raise LeanError('--calibrate needs training images: --data-dir DIR, or --data digits.')
+    if number == 0 or not there:
+        if args.calibrate_positions is not None:
+            raise LeanError('--calibrate-positions is for calibration: it needs --data-dir DIR or --data digits, '
+                            'without --calibrate 0.')
         return None
     try:
-        return open_eval_loader(model, **options, split='train', limit=number or _CALIBRATION_IMAGES)
+        loader = open_eval_loader(model, **options, split='train', limit=number or _CALIBRATION_IMAGES)
     except LeanError as e:
         if number is not None or args.finetune_epochs:
             raise
         print(f'not calibrated: {e}', file=sys.stderr)
         return None
+    return Calibration(loader, progress=sys.stderr.isatty(), **given(args, positions='calibrate_positions'))
 
 
 def _finetuning(args: argparse.Namespace) -> dict[str, Any]:

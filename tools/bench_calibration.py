@@ -1,10 +1,11 @@
 """Time and memory of calibration against plain forward passes of both networks over the same images.
 
     python tools/benchmark.py calibration                                     # ResNet-50, 512 images of 224 pixels
-    python tools/benchmark.py calibration --model resnet18 --images 128 --img-size 128
+    python tools/benchmark.py calibration --technique share --model resnet18 --images 128 --img-size 128
 
-The kernels of a network with random weights are pruned and it is calibrated with random images: neither time nor memory
-depends on their values. Memory is the most that the process holds, beyond what it held before.
+A network with random weights is compressed and calibrated with smooth random images: memory does not depend on their
+values, time hardly, by the steps that the solver takes. Memory is the most that the process holds, beyond what it held
+before.
 """
 import argparse
 import json
@@ -23,6 +24,7 @@ import timm_lean  # noqa: F401  (registers the models)
 from timm_lean.calibration import calibrate
 from timm_lean.measure.timing import hardware, synchronize
 from timm_lean.pruning import prune_kernels
+from timm_lean.sharing import share
 
 
 class PeakMemory:
@@ -68,8 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     torch.manual_seed(0)
     model = timm.create_model(args.model).to(device).eval()
-    pruned = prune_kernels(model, amount=0.5)
-    batches = torch.randn(args.images, 3, args.img_size, args.img_size).split(args.batch_size)
+    pruned = share(model, params=0.8) if args.technique == 'share' else prune_kernels(model, amount=0.5)
+    noise = torch.randn(args.images, 3, max(args.img_size // 8, 1), max(args.img_size // 8, 1))
+    batches = torch.nn.functional.interpolate(noise, size=args.img_size, mode='bilinear').split(args.batch_size)
     times = []
     for work in (lambda: forward(model, pruned, batches, device),
                  lambda: calibrate(pruned, model, batches, reestimate_bn=args.bn, memory_limit=args.memory_limit)):
@@ -80,7 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             synchronize(device)
         times.append((time.perf_counter() - start, time.process_time() - cpu, memory.bytes))
     (plain, plain_cpu, _), (full, full_cpu, peak) = times
-    print(f'{args.model}, {args.images} images of {args.img_size} pixels, kernels 50 % pruned, {hardware(device)}')
+    what = 'shared bases, 80 % of the parameters' if args.technique == 'share' else '50 % of the kernels pruned'
+    print(f'{args.model}, {what}, {args.images} images of {args.img_size} pixels, {hardware(device)}')
     print(f'forward passes of both networks {plain:.1f} s ({plain_cpu:.1f} s of processor time), calibration '
           f'{full:.1f} s ({full_cpu:.1f} s): {full / plain:.1f}x, by processor time {full_cpu / plain_cpu:.1f}x')
     print(f'memory beyond networks and images {peak / 2 ** 30:.2f} GiB')
@@ -98,10 +102,11 @@ def forward(model: torch.nn.Module, pruned: torch.nn.Module, batches: Sequence[t
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='resnet50')
+    p.add_argument('--technique', choices=['kernels', 'share'], default='kernels')
     p.add_argument('--images', type=int, default=512)
     p.add_argument('--img-size', type=int, default=224)
     p.add_argument('--batch-size', type=int, default=32)
-    p.add_argument('--memory-limit', type=float, default=3e9)
+    p.add_argument('--memory-limit', type=float, default=2e9)
     p.add_argument('--bn', action='store_true', help='also measure the batch norms anew')
     p.add_argument('--device', default='cpu')
     p.add_argument('--json', metavar='FILE', help='also write the figures to this file')

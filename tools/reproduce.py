@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 # each with `parser()` and `run(args) -> text`
 EXPERIMENTS = {
     'conv-similarity': 'reproduce_conv_similarity', 'eigen-pruning': 'reproduce_pruning', 'depth': 'reproduce_depth',
-    'sharing': 'reproduce_sharing', 'calibration': 'reproduce_calibration'}
+    'sharing': 'reproduce_sharing', 'calibration': 'reproduce_calibration',
+    'calibration-families': 'reproduce_calibration_families'}
 
 
 def main() -> int:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.errors import LeanError
+
 from .fleet import fleet, survey
 from .images import Chunk, load_chunks
 from .moments import all_reduce
@@ -55,7 +57,7 @@ def insert_norms(model: nn.Module, names: Sequence[str], calibration: Calibratio
         calibration: Images, see `Calibration`.
 
     Raises:
-        LeanError: As `load_chunks`.
+        LeanError: As `load_chunks`, or batches of too few images for a batch norm.
     """
     copy = deepcopy(model)
     with evaluation(copy):
@@ -65,12 +67,19 @@ def insert_norms(model: nn.Module, names: Sequence[str], calibration: Calibratio
         for name in names:
             norm: Any = copy.get_submodule(name).eval()
             norm.weight.fill_((1 + norm.eps) ** 0.5)  # with mean 0 and variance 1 it passes everything on
-        for name, mean, variance in _measure(copy, names, load_chunks(Calibration.of(calibration))):
-            norm = model.get_submodule(name)
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-            norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
-            norm.bias.copy_(norm.running_mean)
+        try:
+            measured = list(_measure(copy, names, load_chunks(Calibration.of(calibration))))
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e):
+                raise
+            raise LeanError('A calibration batch has a single image, of which a batch norm of the network is given one '
+                            'value: give batches of at least 2 images.') from e
+    for name, mean, variance in measured:
+        norm = model.get_submodule(name)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+        norm.bias.copy_(norm.running_mean)
 
 
 def _measure(
