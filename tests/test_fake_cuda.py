@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_lean import mmcv_ext
 from timm_lean.calibration.images import pick_positions
 from timm_lean.calibration.layers import linear_map, rows_of
-from timm_lean.calibration.moments import Moments
+from timm_lean.calibration.moments import HeldOut, Moments
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer, list_regularizers
@@ -168,15 +168,17 @@ def test_sums_and_fit_of_calibration_stay_on_the_device(keep_samples, waits):
         count = rows_of(layer, layer(x)).shape[1]
         samples = fitted.inputs(x, pick_positions(count, 16, fitted.size, 10 ** 6, seed=0, device=CUDA))
         moments = Moments(fitted.groups, fitted.filters, fitted.size, keep_samples, CUDA)
+        held = HeldOut(fitted.groups, fitted.filters, CUDA)
         lacking = torch.randn(len(samples), fitted.groups, fitted.filters)
         before = waits.count
-        moments.add(samples, lacking, lacking)
+        moments.add(samples, lacking)
+        held.add(samples, lacking, lacking)
         assert waits.count == before, 'only the fit looks at what it has'
         moments.reduce()
-        change = moments.solve(1e-3, fitted.free, fitted.bias)
+        change = moments.solve(1e-3, fitted.free, fitted.bias, fitted.block)
         fitted.assign(fitted.weight + change)
         assert change.shape == fitted.weight.shape
-        assert {change.device.type, moments.error_after(change).device.type, layer(x).device.type} == {'cuda'}
+        assert {change.device.type, held.error_after(change).device.type, layer(x).device.type} == {'cuda'}
 
 
 def test_loss_terms_of_the_hook_do_not_wait(waits):
