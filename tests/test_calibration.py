@@ -285,7 +285,7 @@ def test_a_batch_of_one_image_and_one_value_for_a_batch_norm():
 
 def test_half_precision_comes_last(images):
     original = network()
-    with pytest.raises(LeanError, match=r'is float16: compress and calibrate first, half\(\) last'):
+    with pytest.raises(LeanError, match=r'conv1.weight is float16: calibrate\(\), then half\(\)'):
         calibrate(pruned(original).half(), original, [images])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from timm_lean.errors import LeanError
+from timm_lean.layers.precision import check_float32
 
 from .images import Chunk
 from .walk import Survey, Walk, hooked
@@ -90,10 +90,7 @@ def survey(network: nn.Module, names: Sequence[str], chunks: Sequence[Chunk]) ->
     Raises:
         LeanError: A network in half precision, in which sums over images would overflow.
     """
-    for name, parameter in network.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
-            raise LeanError(f'Calibration needs float32, {name} is {str(parameter.dtype).partition(".")[2]}: compress '
-                            'and calibrate first, half() last.')
+    check_float32(network, 'calibrate')
     sample = chunks[0].sample()
     count = len(sample.held)
     return Survey().run(network, names, lambda: sample.run(network), count, sample.bytes // count)

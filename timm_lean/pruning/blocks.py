@@ -21,6 +21,7 @@ from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.layers.patterns import Patterns, match_names, some_names
+from timm_lean.layers.precision import check_float32
 from timm_lean.measure.counts import count_macs, count_params
 from timm_lean.measure.latency import measure_latency
 
@@ -94,6 +95,7 @@ def remove_blocks(
         raise LeanError(f'Block removal by {next(iter(given))} needs calibration=LOADER: blocks are ranked by what '
                         'their removal does to images. Or name them: blocks=[...].')
     model = unwrap_model(model)
+    check_float32(model, 'remove_blocks')
     setting = None if calibration is None else Calibration.of(calibration).hold()
     if setting is not None and setting.forward is not None:
         raise LeanError('Block removal runs networks on images alone, without forward=: give the backbone by itself.')

@@ -20,6 +20,7 @@ from timm_lean.layers import FilterBasis
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
 from timm_lean.layers.lean_report import LeanReport, changed_params, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
+from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
 from .graph import build_graph, channel_group, channel_groups, classifier_modules, conv_groups, is_consistent
@@ -109,6 +110,7 @@ def prune_channels(
     """
     check_criterion(criterion)
     _check(pruning_ratio, round_to, max_pruning_ratio, iterative_steps)
+    check_float32(model, 'prune_channels')
     _check_model(model, example_inputs)
     importance = importance or SpectralImportance(criterion, group_reduction, normalizer)
     limits = _Limits(global_pruning, round_to, max_pruning_ratio)

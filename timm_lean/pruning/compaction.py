@@ -24,6 +24,7 @@ from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.lean_report import LeanReport, hand_over
+from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
 from .graph import build_graph, channel_group, channel_groups, classifier_modules, is_consistent
@@ -152,6 +153,7 @@ def compact(
     if model.training:
         raise LeanError('compact() needs the model in eval mode: batch norm makes constants only there. '
                         'Call model.eval() first.')
+    check_float32(model, 'compact')
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     new = copy.deepcopy(model)
     x = example_inputs.detach()

@@ -11,6 +11,7 @@ from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import changed_params, hand_over
 from timm_lean.layers.patterns import Patterns
+from timm_lean.layers.precision import check_float32
 from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
 from timm_lean.measure import count_params
 
@@ -71,6 +72,7 @@ def share(
     _check(shared_rank, energy, params, unique_rank)
     if bn and calibration is None:
         raise LeanError('bn=True needs calibration=LOADER: the batch norms get their statistics from its images.')
+    check_float32(model, 'share')
     groups = find_groups(model, dual, stages, include, exclude)
     if calibration is not None:
         calibration = Calibration.of(calibration).hold()
