@@ -16,8 +16,7 @@ from .shared import SharedLayer, alternate, orthonormalize, whitened_basis, whit
 
 __all__ = ['BasisGroup', 'find_groups']
 
-_TURNS = 5
-_LATER_TURNS = 2  # from where the last round ended
+_WIDE = 1024  # inputs of layers of which a turn is dear
 
 
 class BasisGroup:
@@ -77,7 +76,8 @@ class BasisGroup:
             basis = whitened_basis(list(layers.values()), list(self.originals.values()), len(basis))
             for name, layer in layers.items():
                 layer.unique = whitened_unique(layer, self.originals[name], basis)
-        basis = alternate(list(layers.values()), basis, _TURNS if first else _LATER_TURNS, live)
+        turns = (5 if first else 2) if self.size <= _WIDE else (3 if first else 1)  # later ones go on where these ended
+        basis = alternate(list(layers.values()), basis, turns, live)
         if turnable:
             basis = orthonormalize(list(layers.values()), basis)
         before = after = energy = 0.

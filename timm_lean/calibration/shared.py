@@ -17,6 +17,7 @@ __all__ = [
     'SharedLayer', 'alternate', 'orthonormalize', 'whitened', 'whitened_basis', 'whitened_unique']
 
 _STEPS = 30  # each turn goes on where the last one ended
+_FEW_STEPS = 10  # of wide layers, where a step costs as much as all else in a turn
 _TOLERANCE = 1e-3
 _EXACT_SIZE = 1024  # inputs up to which products of a step are float64; what a turn starts from always is
 
@@ -164,7 +165,8 @@ def _fit_basis(
         live: Mask of the entries that may change.
         lower: Cholesky factor of the sum of the layers' moments, for the preconditioner.
     """
-    dtype = torch.float64 if basis.shape[1] <= _EXACT_SIZE else torch.float32
+    wide = basis.shape[1] > _EXACT_SIZE
+    dtype = torch.float32 if wide else torch.float64
     rest, diagonal = torch.zeros_like(basis), torch.zeros_like(basis)
     parts, squares = [], torch.zeros(len(basis), len(basis), dtype=basis.dtype, device=basis.device)
     for layer in layers:
@@ -180,7 +182,7 @@ def _fit_basis(
     scale = _kronecker(squares, lower, dtype) if live is None and lower is not None else None
     return basis + conjugate_gradients(
         lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest.to(dtype),
-        scale or _diagonal(diagonal.to(dtype)), live, (-2, -1), _TOLERANCE, _STEPS).to(basis.dtype)
+        scale or _diagonal(diagonal.to(dtype)), live, (-2, -1), _TOLERANCE, _FEW_STEPS if wide else _STEPS).to(basis.dtype)
 
 
 def _kronecker(squares: torch.Tensor, lower: torch.Tensor, dtype: torch.dtype) -> Scaling | None:
