@@ -3,7 +3,7 @@
 Of the samples that a layer is fitted to only second moments are kept, of inputs with themselves and with what outputs
 lack. Products are those of the samples' own precision, over as many samples as there are inputs; sums over these pieces
 are float64, so that the error of a moment is that of one piece, far below the ridge, however many images there are.
-Equations of up to 1,024 unknowns are solved in float64, as are those that a Cholesky factor solves for all filters at
+Equations of up to 512 unknowns are solved in float64, as are those that a Cholesky factor solves for all filters at
 once. Larger ones with dead kernels are in float32, where a step is twice as fast (thirty times on most GPUs), and once
 more for the residual, computed in float64, where that is still large.
 
@@ -20,7 +20,7 @@ from .solver import block_jacobi, solve_change
 
 __all__ = ['HeldOut', 'Moments', 'all_reduce', 'is_distributed']
 
-_EXACT_SIZE = 1024
+_EXACT_SIZE = 512
 _REFINEMENTS = 2
 _MAX_STEPS = 40
 _GOOD_ENOUGH = 1e-2  # relative residual of large equations, far less in the error: that goes with its square

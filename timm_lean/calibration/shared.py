@@ -180,9 +180,10 @@ def _fit_basis(
         squares += square / len(layers)
         parts.append(((layer.weight * square).to(dtype), layer.gram.to(dtype)))
     scale = _kronecker(squares, lower, dtype) if live is None and lower is not None else None
-    return basis + conjugate_gradients(
+    change = conjugate_gradients(
         lambda x: sum((square @ x @ gram for square, gram in parts), torch.zeros_like(x)), rest.to(dtype),
-        scale or _diagonal(diagonal.to(dtype)), live, (-2, -1), _TOLERANCE, _FEW_STEPS if wide else _STEPS).to(basis.dtype)
+        scale or _diagonal(diagonal.to(dtype)), live, (-2, -1), _TOLERANCE, _FEW_STEPS if wide else _STEPS)
+    return basis + change
 
 
 def _kronecker(squares: torch.Tensor, lower: torch.Tensor, dtype: torch.dtype) -> Scaling | None:
