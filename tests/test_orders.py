@@ -1,5 +1,6 @@
 """Every technique after every other: it works and rebuilds bit for bit, or says which order does."""
 import itertools
+import re
 
 import pytest
 import timm
@@ -121,7 +122,7 @@ def test_triple(name, verbs, known, tmp_path):
         except LeanError as e:
             expected = [text for pair, text in messages.items()
                         if pair[1] == verbs[count - 1] and pair[0] in (*verbs[:count - 1], 'fold')]
-            assert expected, f'{verbs[:count]}: {e}'
+            assert any(re.search(text, str(e)) for text in expected), f'{verbs[:count]}: {e}'
             return
     x = X[:2].to(next(model.parameters()).dtype)
     save_model(model, tmp_path / 'm.safetensors')
