@@ -12,7 +12,7 @@ from fuzz.safetensors_file import entry_of, join, with_entry
 from timm.models._registry import _model_default_cfgs
 
 from timm_lean import CheckpointError, load_model, save_model
-from timm_lean.checkpoint.limits import limited
+from timm_lean.checkpoint.limits import allowance, limited
 from timm_lean.checkpoint.pretrained_cfg import clean_pretrained_cfg
 
 HOSTILE_ARGS = {
@@ -122,6 +122,21 @@ def test_the_largest_networks_are_within_the_limits(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('module', timm.list_modules())
+def test_every_network_of_timm_is_within_the_limits(module):
+    """With a tenth to spare, for other versions of timm and torch."""
+    anything = {str(i): (10 ** 6,) for i in range(10_000)}
+    for name in timm.list_models(module=module):
+        if name == 'lean':
+            continue
+        with limited(anything, 'tiny_vit') as work, torch.device('meta'):
+            model = timm.create_model(name)
+        modules, calls = allowance({k: tuple(v.shape) for k, v in model.state_dict().items()}, name)
+        assert 1.1 * work.modules < modules and 1.1 * work.calls < calls, (name, work)
+
+
+@pytest.mark.slow
 def test_a_network_that_goes_through_pairs_of_positions_is_within_the_limits(tmp_path):
     model = timm.create_model('tiny_vit_21m_512')
     save_model(model, tmp_path / 'm.safetensors')
@@ -130,10 +145,34 @@ def test_a_network_that_goes_through_pairs_of_positions_is_within_the_limits(tmp
 
 def test_the_limits_say_what_is_too_much():
     with pytest.raises(CheckpointError, match=r'more than 305 modules, which the 1 tensors'), limited({'a': (1,)}):
-        timm.create_model('resnet101')
+        for _ in range(1000):
+            torch.nn.Sequential(torch.nn.Identity())
     with pytest.raises(CheckpointError, match=r'more than 300,000 calls'), limited({}):
         for _ in range(10 ** 6):
             abs(-1)
+
+
+def test_operations_on_tensors_count_for_more_than_calls():
+    """A table filled entry by entry takes as long as one that is computed by many calls."""
+    with pytest.raises(CheckpointError, match=r'more than 300,000 calls'), limited({}) as work, torch.device('meta'):
+        table = torch.zeros(10)
+        for i in range(10 ** 6):
+            table[i % 10] = 1
+    assert i < 15_000 and work.cpu_bytes == 0
+
+
+def test_tables_on_the_cpu_are_refused_before_they_are_made():
+    """Constructors that say `torch.Tensor(...)` get memory on whatever device the network is built."""
+    with limited({}, cpu_memory=True) as work, torch.device('meta'):
+        row = torch.Tensor([1.] * 1000)
+        assert (row[:, None] * row).sum() == 10 ** 6
+    assert 4 * 10 ** 6 < work.cpu_bytes < 5 * 10 ** 6
+    for make in (lambda row: row[:, None] * row, lambda row: torch.cat([row] * 10 ** 5),
+                 lambda row: torch.zeros(10 ** 10, device='cpu'), lambda row: row.repeat(10 ** 5),
+                 lambda row: [row.repeat(100) for _ in range(100)]):
+        with (pytest.raises(CheckpointError, match='tables of more than 64 MB'), limited({}, cpu_memory=True),
+              torch.device('meta')):
+            make(torch.Tensor([1.] * 10_000))
 
 
 def test_a_profiler_of_the_caller_survives():

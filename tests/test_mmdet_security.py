@@ -1,18 +1,22 @@
 """A detector's file is data from a stranger: it runs no code, follows no path, and is refused in one line."""
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
 from mmdet_support import CONFIGS, SHARED, batch, predictions_of, scenes_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from timm_lean import CheckpointError
+from timm_lean import CheckpointError, LeanError
+from timm_lean.checkpoint.limits import limited
 from timm_lean.mmdet import export_detector, load_detector
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
 from timm_lean.mmdet.settings import open_config, parse_config
 from timm_lean.mmdet.trust import check_config
 from timm_lean.mmdet.weights import DETECTOR_KEY
+from timm_lean_cli import main
 
 
 @pytest.fixture(scope='module')
@@ -37,6 +41,11 @@ def rewritten(source, target, change):
         header['config'] = cfg.pretty_text
     save_file(tensors, target, metadata={**metadata, DETECTOR_KEY: json.dumps(header)})
     return target
+
+
+def one_line_each(config):
+    """The text of a config, which MMEngine takes seconds to make pretty where lists are long."""
+    return '\n'.join(f'{key} = {value!r}' for key, value in config.items())
 
 
 @pytest.fixture
@@ -175,6 +184,76 @@ def test_a_package_of_the_users(detector, tmp_path, monkeypatch):
     assert 'my_necks' not in sys.modules
     assert type(load_detector(path, trust_imports=['my_necks']).neck).__name__ == 'MyFPN'
     sys.modules.pop('my_necks')
+
+
+COSTLY = {
+    'convolutions of the head': lambda c: c.model.bbox_head.update(stacked_convs=40_000),
+    'levels': lambda c: c.model.neck.update(num_outs=1_000_000),
+    'strides': lambda c: c.model.bbox_head.anchor_generator.update(strides=[8] * 4_000),
+    'anchors': lambda c: c.model.bbox_head.anchor_generator.update(
+        scales_per_octave=6_000, ratios=[1.] * 6_000, strides=[8] * 50),
+    'classes': lambda c: c.model.bbox_head.update(num_classes=40_000),
+    'blocks': lambda c: c.model.update(neck=[c.model.neck, dict(
+        type='DyHead', in_channels=64, out_channels=64, num_blocks=40_000)]),
+}
+
+
+@pytest.mark.parametrize('name', COSTLY)
+def test_costly_configs_are_refused_on_the_way(detector, tmp_path, monkeypatch, name):
+    """Within the work that the file's tensors justify, without memory, and before the detector is built."""
+    works, devices = [], []
+
+    @contextmanager
+    def watched(*args, **kwargs):
+        with limited(*args, **kwargs) as work:
+            works.append(work)
+            yield work
+
+    def build(cfg):
+        devices.append(torch.empty(0).device.type)
+        return build_detector(cfg)
+    monkeypatch.setattr('timm_lean.mmdet.skeleton.limited', watched)
+    monkeypatch.setattr('timm_lean.mmdet.detector.build_detector', build)
+    path = rewritten(detector, tmp_path / 'x.safetensors', lambda header, cfg: (
+        COSTLY[name](cfg), header.update(config=one_line_each(cfg.to_dict()))))
+    with pytest.raises(CheckpointError, match=r'x\.safetensors'):
+        load_detector(path)
+    assert devices in ([], ['meta'])
+    for work in works:
+        assert work.modules < 2_000 and work.calls < 2_000_000 and work.cpu_bytes < 2 * 10 ** 8, work
+
+
+def test_trusted_packages_on_the_command_line(detector, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'my_fpn.py').write_text(
+        'from mmdet.models.necks import FPN\nfrom mmdet.registry import MODELS\n\n'
+        '@MODELS.register_module(force=True)\nclass NamedFPN(FPN):\n    pass\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def change(header, cfg):
+        cfg.model.neck.type = 'NamedFPN'
+        cfg.custom_imports = dict(imports=['timm_lean.mmdet', 'my_fpn'])
+        header['config'] = one_line_each(cfg.to_dict())
+    path = str(rewritten(detector, tmp_path / 'x.safetensors', change))
+    command = ['export', path, '--det-dir', str(tmp_path / 'd')]
+    assert main(command) == 2
+    assert '--trust-imports my_fpn' in capsys.readouterr().err and 'my_fpn' not in sys.modules
+    assert main([*command, '--trust-imports', 'my_fpn']) == 0
+    assert main(['info', 'resnet20_cifar', '--trust-imports', 'my_fpn']) == 2 and 'is none' in capsys.readouterr().err
+    sys.modules.pop('my_fpn')
+
+
+@pytest.mark.parametrize('command, function', [
+    (['info'], 'report.detector_report'), (['predict', 'x.jpg'], 'predict_images'),
+    (['prune', '--granularity', 'channel', '-o', 'p.safetensors'], 'prune.prune_detector'),
+    (['export', '--onnx', 'x.onnx'], 'export.export_backbone')])
+def test_every_command_hands_on_what_is_trusted(detector, tmp_path, monkeypatch, capsys, command, function):
+    def stub(*args, trust_imports=(), **kwargs):
+        raise LeanError(f'trusted: {trust_imports}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f'timm_lean.mmdet.{function}', stub)
+    name, *options = command
+    assert main([name, str(detector), *options, '--trust-imports', 'a', '--trust-imports', 'b.c']) == 2
+    assert "trusted: ['a', 'b.c']" in capsys.readouterr().err
 
 
 def test_classes_by_their_path(detector, tmp_path):

@@ -106,6 +106,12 @@ def test_a_pruned_file_and_a_folder_are_evaluated_without_a_config(trained, tmp_
         assert 'coco/bbox_mAP' in json.loads(next(work_dir.glob('*/*.json')).read_text())
 
 
+def test_show_needs_a_display(monkeypatch, capsys):
+    monkeypatch.setattr('matplotlib.get_backend', lambda: 'agg')
+    assert detectors.test_main([str(SHARED), 'no.safetensors', '--show']) == 2
+    assert capsys.readouterr().err.strip().endswith('by --show-dir DIR.')
+
+
 def test_resume_continues(trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'copy')
     folder = tmp_path / 'copy'

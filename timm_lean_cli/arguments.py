@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = [
     'add_calibration', 'add_data', 'add_finetuning', 'add_json', 'add_layers', 'add_model', 'add_training',
-    'add_weights', 'given',
+    'add_trust', 'add_weights', 'given',
 ]
 
 MODEL = 'timm name, checkpoint file or local-dir:DIR'
@@ -30,6 +30,13 @@ def add_weights(p: argparse.ArgumentParser) -> None:
     weights = p.add_mutually_exclusive_group()
     weights.add_argument('--pretrained', action='store_true', help="a timm name with timm's weights (downloaded)")
     weights.add_argument('--random-weights', action='store_true', help='a timm name with new, random weights')
+
+
+def add_trust(p: argparse.ArgumentParser) -> None:
+    """Code that a detector's file needs, and that only its user can vouch for."""
+    p.add_argument('--trust-imports', action='append', metavar='MODULE',
+                   help="detector: import this package or module of yours if the file's config asks for it; its code "
+                        'runs (repeatable)')
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

@@ -39,6 +39,8 @@ def test_main(argv: Sequence[str] | None = None, prog: str = 'test_det.py') -> i
     parser.add_argument('--show', action='store_true', help='show pictures of the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures of the predictions there')
     parser.add_argument('--wait-time', type=float, metavar='SECONDS', help='how long --show shows each (default 2)')
+    parser.add_argument('--trust-imports', action='append', metavar='MODULE',
+                        help="import this module of yours if the file's config asks for it (repeatable)")
     parser.add_argument('--tta', action='store_true',
                         help="test-time augmentation, by the config's tta_model and tta_pipeline or by flipping")
     return _run(parser, argv, _test)
@@ -55,8 +57,8 @@ def _test(args: argparse.Namespace) -> None:
     from timm_lean.mmdet.launch import test_detector
 
     from .arguments import given
-    test_detector(
-        args.checkpoint, args.config, **given(args, *_SHARED, 'out', 'show', 'show_dir', 'wait_time', 'tta'))
+    options = given(args, *_SHARED, 'out', 'show', 'show_dir', 'wait_time', 'tta', 'trust_imports')
+    test_detector(args.checkpoint, args.config, **options)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

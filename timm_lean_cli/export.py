@@ -2,7 +2,7 @@
 import argparse
 from typing import Any
 
-from .arguments import add_data, add_json, add_model, given
+from .arguments import add_data, add_json, add_model, add_trust, given
 from .opening import data_options, finish, is_detector, open_model, progress
 
 HELP = 'write a checkpoint in another form'
@@ -14,6 +14,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_model(p, 'checkpoint file, timm name, local-dir:DIR, or a detector')
     p.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
     p.add_argument('--det-config', metavar='FILE', help='detector checkpoint: its config, if it is a .pth')
+    add_trust(p)
     p.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
                    help='fold shared bases into dense convolutions first; auto: only where faster here')
     p.add_argument('--onnx', metavar='FILE', help='ONNX file with a dynamic batch size')
@@ -97,11 +98,11 @@ def _export_detector(args: argparse.Namespace) -> None:
         if args.onnx or args.torch_export:
             forms = export_backbone(
                 args.model, config=args.det_config, device=options['device'],
-                **given(args, 'onnx', 'torch_export', 'fold', 'img_size', 'data_dir'))
+                **given(args, 'onnx', 'torch_export', 'fold', 'img_size', 'data_dir', 'trust_imports'))
             print(forms)
             result['forms'] = _as_data(forms.forms, forms.times)
         if args.det_dir:
-            folder = export_detector(args.det_config, args.model, args.det_dir)
+            folder = export_detector(args.det_config, args.model, args.det_dir, **given(args, 'trust_imports'))
             print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
             result['det_dir'] = str(folder)
     if args.json:

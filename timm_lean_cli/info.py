@@ -1,7 +1,7 @@
 """`timm-lean info`: what networks cost, beside each other; classifiers and detectors."""
 import argparse
 
-from .arguments import add_data, add_json, add_model, given
+from .arguments import add_data, add_json, add_model, add_trust, given
 from .opening import data_options, finish, is_detector, open_model
 
 HELP = 'parameters, MACs, file size and speed of a model'
@@ -12,6 +12,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--vs', action='append', default=[], metavar='MODEL', help='compare with this one (repeatable)')
     p.add_argument('--latency', action='store_true', help='measure ms and peak memory on this device')
     p.add_argument('--plot', metavar='FILE', help='picture of accuracy against latency (with --latency) or MACs')
+    add_trust(p)
     add_data(p.add_argument_group('accuracy'))
     add_json(p)
 
@@ -34,8 +35,10 @@ def run(args: argparse.Namespace) -> None:
             raise LeanError(f'{next(filter(is_detector, sources))} is a detector: it is compared with detectors, '
                             'without --plot, --data and --data-dir. Its accuracy is measured by tools/test_det.py.')
         from timm_lean.mmdet.report import detector_report
-        reports = [detector_report(source, **measured) for source in sources]
+        reports = [detector_report(source, **measured, **given(args, 'trust_imports')) for source in sources]
     else:
+        if args.trust_imports:
+            raise LeanError(f'--trust-imports is for detectors, and {args.model[:100]!r} is none.')
         accuracy = args.plot or args.data or args.data_dir
         models = [open_model(args, source) for source in sources] if accuracy else []
         reports = model_reports(sources, **measured)

@@ -31,6 +31,8 @@ def open_model(args: argparse.Namespace, source: str | None = None) -> Any:
     if is_detector(source):
         raise LeanError(f'{source} is a detector, and `timm-lean {args.command}` is for classification networks. '
                         f'Commands for detectors: {_DETECTOR_COMMANDS}; test it by tools/test_det.py.')
+    if getattr(args, 'trust_imports', None):
+        raise LeanError(f'--trust-imports is for detectors, and {source[:100]!r} is none.')
     named = timm.is_model(source.split('.')[0]) and not Path(source).is_file()
     if named and not (args.pretrained or args.random_weights):
         raise LeanError(f"{source} is a name without weights. Give --pretrained for timm's weights, a checkpoint file "

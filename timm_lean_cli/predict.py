@@ -2,7 +2,7 @@
 import argparse
 from typing import Any
 
-from .arguments import add_json, add_model, given
+from .arguments import add_json, add_model, add_trust, given
 from .opening import device_of, finish, is_detector, open_model
 
 HELP = 'classes of images, or objects in them by a detector'
@@ -14,6 +14,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--top', type=int, metavar='N', help='classes shown (default 5)')
     p.add_argument('-o', '--output', metavar='FILE', help='detector: picture with boxes; a folder for several')
     p.add_argument('--score-thr', type=float, metavar='SCORE', help='detector: least score of a box (default 0.3)')
+    add_trust(p)
     p.add_argument('--device', help='auto (default), cpu, cuda, cuda:N, ...')
     add_json(p)
 
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _detect(args: argparse.Namespace, device: Any) -> None:
     from timm_lean.mmdet import predict_images
-    results = predict_images(args.model, args.images, device=str(device), **given(args, 'score_thr', out='output'))
+    results = predict_images(
+        args.model, args.images, device=str(device), **given(args, 'score_thr', 'trust_imports', out='output'))
     lines = []
     for r in results:
         boxes = ', '.join(f'{b["class"]} {100 * b["score"]:.1f} %' for b in r['boxes'])

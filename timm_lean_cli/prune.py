@@ -5,7 +5,7 @@ Detectors lose channels.
 import argparse
 from typing import Any
 
-from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, given
+from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, add_trust, given
 from .changing import change_network
 from .opening import finish, is_detector, progress
 
@@ -24,6 +24,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--granularity', choices=['kernel', 'channel', 'block'], default='kernel')
     p.add_argument('--again', action='store_true', help='prune a model that has been pruned before')
     add_layers(p)
+    add_trust(p)
     add_json(p)
     kernels = p.add_argument_group('kernels (exactly one of threshold, amount and contrib)')
     kernels.add_argument('--threshold', type=float, metavar='T', help="below the criterion's threshold, e.g. 1e-4")
@@ -97,7 +98,8 @@ def _prune_detector(args: argparse.Namespace) -> None:
                         'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
     output = output_file(args.output, '.safetensors')
     with progress(args):
-        model: Any = prune_detector(args.model, output, again=args.again, **_channel_options(args))
+        model: Any = prune_detector(
+            args.model, output, again=args.again, **given(args, 'trust_imports'), **_channel_options(args))
     finish(args, {'output': str(output), 'report': model.lean_report.to_dict()}, f'{model.lean_report}\n{output}')
 
 

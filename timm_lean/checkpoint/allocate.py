@@ -27,9 +27,9 @@ def skeleton(recipe: Recipe, shapes: dict[str, tuple[int, ...]], what: str) -> t
         check_steps(recipe.steps)
         check_numbers(recipe.model_args, shapes)
         if recipe.steps:  # they may take more work than a network, on a network that is not too much by itself
-            with limited(shapes), torch.device('meta'):
+            with limited(shapes, recipe.architecture), torch.device('meta'):
                 build(Recipe(recipe.architecture, recipe.model_args))
-        with limited(shapes, steps=bool(recipe.steps)) as work, torch.device('meta'):
+        with limited(shapes, recipe.architecture, steps=bool(recipe.steps)) as work, torch.device('meta'):
             model = build(recipe)
     except LeanError as e:
         raise CheckpointError(f'{what} cannot be rebuilt: {e}') from e

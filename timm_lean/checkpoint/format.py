@@ -21,6 +21,7 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import unwrap_model
 
 from timm_lean.errors import CheckpointError, LeanError
+from timm_lean.layers.zeros import lost_zeros, note_zeros, zero_kernels
 
 from .allocate import allocate, skeleton
 from .files import atomic_dir, atomic_file
@@ -36,7 +37,8 @@ __all__ = [
 FORMAT_VERSION = 1
 _logger = logging.getLogger(__name__)
 MODEL_KEY = 'timm_lean'
-_PRUNED_STEP = 'prune_kernels'
+PRUNED_STEP = 'prune_kernels'
+_LOST = 0.01  # share of a model's zeros: those of a new classifier
 # Arguments of timm.create_model that download, open other files or choose a device.
 RUNTIME_ARGS = {
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'features_only', 'device',
@@ -64,7 +66,7 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         raise CheckpointError(str(e)) from e
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     skeleton(recipe, {k: tuple(v.shape) for k, v in tensors.items()}, 'The model to be saved')
-    warn_of_lost_zeros(recipe.steps, tensors)
+    warn_of_lost_zeros(model, recipe.steps)
     cfg = filter_pretrained_cfg(
         {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
         remove_source=True, remove_null=True)
@@ -76,7 +78,7 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         'steps': recipe.steps,
         'pretrained_cfg': {**cfg, 'num_classes': getattr(model, 'num_classes', None)},
     }
-    if packed and has_step(model, _PRUNED_STEP):
+    if packed and has_step(model, PRUNED_STEP):
         tensors, shapes = pack(tensors)
         if shapes:
             header['packed'] = shapes
@@ -85,14 +87,23 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         save_file(tensors, temporary, metadata={MODEL_KEY: json.dumps(header)})
 
 
-def warn_of_lost_zeros(steps: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
-    """Say that training has revived pruned kernels; folding and sharing fill them in on purpose."""
+def warn_of_lost_zeros(model: nn.Module, steps: list[dict[str, Any]]) -> None:
+    """Say that training has revived pruned kernels; folding and sharing fill them in on purpose.
+
+    Args:
+        model: The model, or a detector around it.
+        steps: The structural steps taken on it.
+    """
     names = [step['op'] for step in steps]
-    if _PRUNED_STEP not in names or {'fold', 'share'} & set(names[names.index(_PRUNED_STEP):]):
+    if PRUNED_STEP not in names or {'fold', 'share'} & set(names[names.index(PRUNED_STEP):]):
         return
-    if not any(bool((t == 0).flatten(2).all(2).any()) for t in tensors.values() if t.ndim == 4):
-        _logger.warning('The kernels of this model were pruned, and none of them is zero any more: training revived '
-                        'them. Keep them by timm_lean.keep_zeros(model, optimizer), or by KernelPruningHook().')
+    lost = lost_zeros(model)
+    if lost is None:  # how many there were is not known
+        lost = 0. if zero_kernels(model) else 1.
+    if lost > _LOST:
+        _logger.warning(f'{100 * lost:.0f} % of the kernels that were pruned in this model are not zero any more: '
+                        'training revived them. Keep them by timm_lean.keep_zeros(model, optimizer), or by '
+                        'KernelPruningHook().')
 
 
 def load_model(
@@ -128,6 +139,8 @@ def load_model(
             model = allocate(recipe, shapes, str(path))
             tensors = {k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}
             model.load_state_dict(tensors)
+        if has_step(model, PRUNED_STEP):
+            note_zeros(model)
         cfg = clean_pretrained_cfg(header['pretrained_cfg'])
         _set_pretrained_cfg(model, {**cfg, 'architecture': recipe.architecture})
     except LeanError as e:
@@ -155,7 +168,7 @@ def load_any(source: str, *, pretrained: bool = False, num_classes: int | None =
         LeanError: There is no such model, or it cannot be loaded.
     """
     path = Path(source)
-    if path.suffix == '.safetensors' or path.is_file():
+    if path.suffix == '.safetensors' or _is_file(path):
         if kwargs:
             raise LeanError(f'Model arguments {kwargs} cannot be given for the checkpoint {source}: '
                             'its structure is fixed.')
@@ -181,6 +194,13 @@ def load_any(source: str, *, pretrained: bool = False, num_classes: int | None =
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     return _timm_pretrained(name, kwargs) if pretrained else build(Recipe(name, kwargs)).eval()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than names of files can be; or with a null character
+        return False
 
 
 def _timm_pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -226,7 +246,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         CheckpointError: The file is missing, damaged, or was not written by `save_model`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f'{path} is not a file.')
     try:
         check_header_size(path)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from timm.models import get_model_args
 
 from timm_lean.errors import LeanError
+from timm_lean.layers.zeros import forget_zeros
 
 __all__ = [
     'LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'has_step', 'list_steps', 'recipe_of', 'record_step',
@@ -82,7 +83,8 @@ def has_step(model: nn.Module, op: str) -> bool:
 
 
 def record_step(model: nn.Module, op: str, **arguments: Any) -> None:
-    """Note on a model that a structural step was taken."""
+    """Note on a model that a structural step was taken; what was noted of its zeros before does not hold any more."""
+    forget_zeros(model)
     model.lean_steps = [*getattr(model, 'lean_steps', []), {'op': op, **arguments}]  # type: ignore[assignment]
 
 
@@ -90,7 +92,7 @@ def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
     """Take structural steps on a freshly built network, and record them on it.
 
     Raises:
-        LeanError: A step is malformed or unknown.
+        LeanError: A step is malformed, unknown, or fails; then its own error is the cause (--debug shows it).
     """
     for step in steps:
         if not isinstance(step, dict) or not isinstance(step.get('op'), str):
@@ -103,7 +105,13 @@ def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:
             inspect.signature(function).bind(model, **arguments)
         except TypeError as e:
             raise LeanError(f'Recipe step {step["op"]!r} does not take these arguments: {e}.') from e
-        model = function(model.eval(), **arguments)
+        try:
+            model = function(model.eval(), **arguments)
+        except LeanError:
+            raise
+        except Exception as e:  # values from a file, for a network they were not made for
+            raise LeanError(f'The recipe step {step["op"]!r} fails on {type(model).__name__}: {type(e).__name__}: '
+                            f'{str(e).partition(chr(10))[0]}') from e
         record_step(model, **step)
     return model.train()
 
@@ -147,7 +155,6 @@ def build(recipe: Recipe) -> nn.Module:
         return timm.create_model(name, **args)
     except LeanError:
         raise
-    except Exception as e:
-        # timm's entry points raise whatever their constructors do; for the caller all of it is a bad recipe
+    except Exception as e:  # timm's constructors check nothing: what they raise depends on what they stumble over
         raise LeanError(f'timm cannot create {recipe.architecture!r} with {repr(recipe.model_args)[:300]}: '
                         f'{type(e).__name__}: {str(e).partition(chr(10))[0]}') from e

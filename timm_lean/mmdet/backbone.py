@@ -6,7 +6,10 @@ import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
 
+from timm_lean.checkpoint.format import PRUNED_STEP
+from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
+from timm_lean.layers.zeros import note_zeros
 
 from .network import build_features, feature_levels, flat_name, load_features, whole_names
 from .scope import MODELS, register
@@ -65,6 +68,7 @@ class TimmBackbone(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self.net, self.recipe, self.lean_report = build_features(
             model_name, pretrained, checkpoint, out_indices, model_args, share)
+        self.note_zeros()
         self.out_indices: tuple[int, ...] = tuple(
             self.net.feature_info.out_indices)  # type: ignore[union-attr, arg-type]
         self.frozen_stages = self._check_frozen(frozen_stages)
@@ -91,6 +95,11 @@ class TimmBackbone(BaseModule):
     def out_strides(self) -> list[int]:
         """Strides of the feature maps."""
         return list(self.net.feature_info.reduction())  # type: ignore[union-attr, operator]
+
+    def note_zeros(self) -> None:
+        """Once the weights are loaded: if kernels were pruned, note how many, so that saving can tell a loss."""
+        if has_step(self, PRUNED_STEP):
+            note_zeros(self.net)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.net(x))

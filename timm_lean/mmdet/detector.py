@@ -61,7 +61,7 @@ def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any])
         header: What `describe` gave, and more if wanted.
     """
     tensors, aliases = _untied(get_state_dict(model))
-    warn_of_lost_zeros((header['backbone'] or {}).get('steps', []), tensors)
+    warn_of_lost_zeros(model, (header['backbone'] or {}).get('steps', []))
     tensors, packed = pack(tensors)
     text = json.dumps({**header, 'aliases': aliases, **({'packed': packed} if packed else {})})
     with atomic_file(path) as temporary:
@@ -135,6 +135,8 @@ def load_detector(
     except Exception as e:  # the detectors' classes check their arguments in their own ways
         reason = ' '.join((str(e) if isinstance(e, LeanError) else f'{type(e).__name__}: {e}').split())[:300]
         raise CheckpointError(f'{name} does not describe a detector that can be built: {reason}') from e
+    if isinstance(getattr(model, 'backbone', None), TimmBackbone):
+        model.backbone.note_zeros()
     model.dataset_meta = {'palette': 'random', **header['metainfo']}
     model.cfg = cfg
     return model.to(device).eval()

@@ -3,6 +3,7 @@
 Necks and heads stay with MMDetection: their post-processing is not one graph. Runtimes that want the features get them.
 """
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def export_backbone(
         img_size: int = IMG_SIZE,
         data_dir: str | Path | None = None,
         device: torch.device | str = 'cpu',
+        trust_imports: Sequence[str] = (),
 ) -> BackboneForms:
     """Write the backbone of a trained detector in other forms, each checked against PyTorch on real images.
 
@@ -74,6 +76,7 @@ def export_backbone(
         img_size: Side of the images it is checked and timed on, in pixels.
         data_dir: Images to check with; the embedded scenes if None.
         device: Where the backbone in PyTorch is timed.
+        trust_imports: See `load_detector`.
 
     Raises:
         LeanError: Not a detector with a `TimmBackbone`, too few images, or a form that computes something else.
@@ -82,7 +85,7 @@ def export_backbone(
         model: Any = build_detector(open_config(config))
         load_strictly(model, source)
     else:
-        model = load_detector(source)
+        model = load_detector(source, trust_imports=trust_imports)
     if not isinstance(model.backbone, TimmBackbone):
         raise LeanError(f'{source}: the backbone is a {type(model.backbone).__name__}, only a TimmBackbone can be '
                         'exported alone.')

@@ -116,6 +116,9 @@ class SafetensorsHook(Hook):
     def before_train(self, runner: Any) -> None:
         if runner.rank != 0:
             return
+        backbone = getattr(unwrap(runner.model), 'backbone', None)
+        if isinstance(backbone, TimmBackbone):
+            backbone.note_zeros()
         metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
         self._header = describe(runner.cfg, unwrap(runner.model), metainfo)
         if runner._resume and self._path(runner, 'best').is_file():

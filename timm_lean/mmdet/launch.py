@@ -24,6 +24,8 @@ from .settings import open_config
 
 __all__ = ['prepare', 'test_detector', 'train_detector']
 
+_NO_WINDOWS = ('agg', 'cairo', 'pdf', 'pgf', 'ps', 'svg', 'template')  # backends of matplotlib
+
 
 def train_detector(
         config: str,
@@ -75,6 +77,7 @@ def test_detector(
         show_dir: str | None = None,
         wait_time: float = 2.,
         tta: bool = False,
+        trust_imports: Sequence[str] = (),
         **kwargs: Any,
 ) -> None:
     """Evaluate a detector.
@@ -87,6 +90,7 @@ def test_detector(
         show_dir: Write pictures of the predictions there.
         wait_time: Seconds for which `show` shows each.
         tta: Test-time augmentation, by the config's tta_model and tta_pipeline or by flipping.
+        trust_imports: For a config from the checkpoint, see `load_detector`.
         **kwargs: What `_settle` sets in the config.
 
     Raises:
@@ -95,9 +99,11 @@ def test_detector(
     out_file = output_file(out, '.pkl', '--out') if out else None
     if not wait_time >= 0:
         raise LeanError(f'--wait-time takes seconds of at least 0, got {wait_time}.')
+    if show:
+        _check_display()
     path = Path(checkpoint)
     if config is None:
-        cfg = _settle(_stored_config(path), checkpoint, **kwargs)
+        cfg = _settle(_stored_config(path, trust_imports), checkpoint, **kwargs)
     else:
         cfg = _settle(open_config(config), config, **kwargs)
     cfg.load_from, cfg.resume = None, False
@@ -123,7 +129,16 @@ def test_detector(
         runner.test()
 
 
-def _stored_config(source: Path) -> Config:
+def _check_display() -> None:
+    """MMEngine shows pictures by matplotlib, which without a display waits for each and shows nothing."""
+    import matplotlib
+    backend = matplotlib.get_backend()
+    if backend.lower() in _NO_WINDOWS:
+        raise LeanError(f'--show needs a display, and matplotlib finds none here (its backend is {backend}). Write the '
+                        'pictures to a folder by --show-dir DIR.')
+
+
+def _stored_config(source: Path, trust_imports: Sequence[str]) -> Config:
     """The config in a detector's file or folder, for an evaluation; where to write is not the file's to say.
 
     Raises:
@@ -131,7 +146,7 @@ def _stored_config(source: Path) -> Config:
     """
     if source.suffix != '.safetensors' and not source.is_dir():
         raise LeanError(f'{source} does not say which detector it holds. Give its config: CONFIG {source}.')
-    detector: Any = load_detector(source)  # says what is wrong with it
+    detector: Any = load_detector(source, trust_imports=trust_imports)  # says what is wrong with it
     cfg: Config = detector.cfg
     for key in ('work_dir', 'default_hooks', 'custom_hooks', 'vis_backends'):
         cfg.pop(key, None)

@@ -187,7 +187,8 @@ def _on_meta(recipe: Recipe, weights: Weights | None = None) -> nn.Module:
         try:
             check_steps(recipe.steps)
             check_numbers(recipe.model_args, weights.shapes)
-            with limited(weights.shapes, steps=bool(recipe.steps)), torch.device('meta'):
+            with limited(
+                    weights.shapes, recipe.architecture, steps=bool(recipe.steps)), torch.device('meta'):
                 return build(recipe)
         except LeanError as e:
             raise CheckpointError(f'{weights.source} cannot be rebuilt: {e}') from e

@@ -4,6 +4,7 @@ Multiply-accumulates are of the forward pass alone, as MMDetection's `get_flops.
 those of the second stage depend on how many boxes the first one proposes. Latency is of a whole prediction, boxes
 selected.
 """
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _DIVISOR = 32  # the coarsest level of most detectors
 
 def detector_report(
         source: str | Path, *, device: torch.device | str = 'cpu', latency: bool = False, img_size: int | None = None,
-        repeats: int = 20,
+        repeats: int = 20, trust_imports: Sequence[str] = (),
 ) -> ModelReport:
     """Measure a detector.
 
@@ -36,11 +37,12 @@ def detector_report(
         img_size: Side of the square image; if None the shorter side that the detector is tested with, rounded up to a
             multiple of 32.
         repeats: Timed predictions.
+        trust_imports: See `load_detector`.
 
     Raises:
         CheckpointError: The source is no detector that can be loaded.
     """
-    detector: Any = load_detector(source)
+    detector: Any = load_detector(source, trust_imports=trust_imports)
     side = img_size or _test_size(detector.cfg)
     weights = Path(source) / WEIGHTS_FILE if Path(source).is_dir() else Path(source)
     shape = (1, 3, side, side)

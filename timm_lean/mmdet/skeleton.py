@@ -14,13 +14,14 @@ from mmengine.config import Config
 from mmengine.runner import get_state_dict
 from torch.overrides import TorchFunctionMode
 
-from timm_lean.checkpoint.limits import Work, check_tensors, limited
+from timm_lean.checkpoint.limits import Work, check_numbers, check_tensors, limited
 from timm_lean.errors import CheckpointError
 
 from .backbone import TimmBackbone
 
 __all__ = ['check_work', 'misfit', 'tied_names']
 
+_NUMBERS = 200_000  # sum of the whole numbers in a model's config; the largest of MMDetection's, for V3Det, has 98,509
 # Bytes while building beyond those of the file's tensors: a backbone is built up to four times, and one that was cut
 # starts as the whole network.
 _TIMES, _SLACK = 8, 200 * 2 ** 20
@@ -39,9 +40,13 @@ def check_work(
     Raises:
         CheckpointError: It takes more work than these tensors justify, or has others.
     """
-    check_tensors(shapes)
-    with limited(shapes) as work, torch.device('meta'), _Ramps():
-        model = build(copy.deepcopy(cfg))  # some constructors take their settings apart
+    try:
+        check_tensors(shapes)
+        check_numbers(_counts(cfg.model), shapes, _NUMBERS)
+        with limited(shapes, _architecture(cfg), cpu_memory=True) as work, torch.device('meta'), _Ramps():
+            model = build(copy.deepcopy(cfg))  # some constructors take their settings apart
+    except CheckpointError as e:
+        raise e if source in str(e) else CheckpointError(f'{source} cannot be loaded: {e}') from e
     _check_bytes(work, shapes, source)
     given = dict(shapes)
     if isinstance(getattr(model, 'backbone', None), TimmBackbone):
@@ -73,6 +78,24 @@ def misfit(
 def tied_names(model: nn.Module) -> set[str]:
     """Names under which modules used in several places could be written too."""
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _counts(value: Any) -> Any:
+    """The part of a config that says how many there are of something; ranges of regression reach to 1e8, as floats."""
+    if isinstance(value, Mapping):
+        return [_counts(item) for item in value.values()]
+    if isinstance(value, (list, tuple, set)):
+        return [_counts(item) for item in value]
+    return value if isinstance(value, int) else 0
+
+
+def _architecture(cfg: Config) -> str:
+    """The timm name of a detector's backbone, where it has one."""
+    backbone = cfg.model.get('backbone')
+    if not isinstance(backbone, Mapping):
+        return ''
+    name = (backbone.get('model_args') or {}).get('base') or backbone.get('model_name')
+    return name if isinstance(name, str) else ''
 
 
 class _Ramps(TorchFunctionMode):

@@ -169,7 +169,8 @@ class _Inspector:
         if found is None:
             return self._refuse(
                 f'{where} asks for the type {_shown(value)}, which is not registered there. If it is a class of '
-                "yours that the config's custom_imports register, say load_detector(..., trust_imports=['PACKAGE'])")
+                "yours that the config's custom_imports register, say --trust-imports PACKAGE, or load_detector(..., "
+                "trust_imports=['PACKAGE'])")
         if found.rpartition('.')[2] in _REACH_OUT:
             self._refuse(f'{where} asks for {_shown(value)}, which opens what its arguments name. Load such a detector '
                          "with MMDetection's init_detector and a config you trust")
@@ -211,7 +212,8 @@ def _import_trusted(custom_imports: Any, source: str, trusted: Sequence[str]) ->
         if not any(name == package or name.startswith(f'{package}.') for package in trusted):
             raise CheckpointError(
                 f'{source} is not loaded: its config imports {_shown(name)}, which would run that code. If you know '
-                f'and trust it, say load_detector(..., trust_imports=[{_shown(name)}]).')
+                f'and trust it, say --trust-imports {_shown(name)[1:-1]}, or load_detector(..., '
+                f'trust_imports=[{_shown(name)}]).')
         try:
             importlib.import_module(name)
         except Exception as e:  # a module of the user's, which fails as it likes

@@ -22,6 +22,7 @@ from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
 from timm_lean.layers.lean_report import hand_over
 from timm_lean.layers.patterns import Patterns
+from timm_lean.layers.zeros import note_zeros
 
 from .report import KernelReport, report_banks
 from .schedule import PruneSchedule
@@ -174,8 +175,8 @@ class KernelPruner(ZeroKeeper):
             kept = sum(self._kept.values())
             _logger.warning(f'min_keep={self.min_keep:g} kept {kept:,} kernels in {len(self._kept)} layers that the '
                             f'criterion {self.criterion!r} would have pruned: {", ".join(list(self._kept)[:5])}.')
-        self._record()
         self.step()
+        self._record()
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,13 +188,14 @@ class KernelPruner(ZeroKeeper):
         self.updates = state['updates']
         if state['pruned']:
             self._dead_from_zeros()
-            self._record()
             self.step()
+            self._record()
 
     def _record(self) -> None:
         for model in (self.model, *self._followers):
             if not has_step(model, STEP):
                 record_step(model, STEP, criterion=self.criterion, **{self.rule: self.value})
+            note_zeros(model)
 
     def _score(self, bank: FilterBank, weight: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         if self._scores is not None:
