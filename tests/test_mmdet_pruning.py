@@ -52,7 +52,7 @@ def test_masks_hold_in_the_average_and_in_the_files(tmp_path):
         torch.testing.assert_close(found.pred_instances.scores, wanted.pred_instances.scores, rtol=0, atol=0)
 
 
-def test_files_shrink_and_load_to_the_bit(tmp_path):
+def test_files_shrink_and_load_to_the_bit(tmp_path, caplog):
     """With 80 % of all kernels zero; the classifying file stores live kernels alone, and so does the detector's."""
     trained(config(tmp_path, hook(amount=0.8, target='', scope='layer', min_keep=0), epochs=1))
     last = tmp_path / 'run' / 'last.safetensors'
@@ -63,6 +63,14 @@ def test_files_shrink_and_load_to_the_bit(tmp_path):
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     convolutions = sum(4 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     assert last.stat().st_size < size - 0.7 * convolutions
+    # a loaded one that loses a part of its zeros is saved with a warning
+    *_, conv = (m for m in model.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    before = kernel_report(model.backbone).pruned
+    lost = int((conv.weight == 0).flatten(2).all(2).sum())
+    conv.weight.data[conv.weight == 0] = 1e-3
+    with caplog.at_level('WARNING'):
+        save_detector(model, tmp_path / 'lost.safetensors', detector_header(last))
+    assert f'{100 * lost / before:.0f} % of the kernels' in caplog.text and 0 < lost < before
     # and stays so when it is exported
     folder = export_detector(None, last, tmp_path / 'folder')
     assert (folder / 'model.safetensors').stat().st_size < size - 0.7 * convolutions

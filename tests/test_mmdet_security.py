@@ -127,6 +127,14 @@ def test_vectors(detector, tmp_path, trap, name):
     assert not trap.exists() and 'trap_module' not in sys.modules and 'nms' not in sys.modules
 
 
+def test_equal_detectors_give_equal_files(detector, tmp_path):
+    model = load_detector(detector)
+    for i in range(8):
+        model.cfg.work_dir = str(i)
+        save_detector(model, tmp_path / str(i), describe(model.cfg, model, model.dataset_meta))
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(8)}) == 1
+
+
 def test_keys_do_not_become_code_of_an_exported_config(detector, tmp_path, trap):
     """MMEngine writes keys without quoting them, and runs the file when MMDetection opens it."""
     key = f"x': {write(trap)}, 'y"

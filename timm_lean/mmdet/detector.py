@@ -65,7 +65,8 @@ def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any])
     tensors, packed = pack(tensors)
     text = json.dumps({**header, 'aliases': aliases, **({'packed': packed} if packed else {})})
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={'format': 'pt', DETECTOR_KEY: text})
+        # one entry only: safetensors writes several in an order that changes from run to run
+        save_file(tensors, temporary, metadata={DETECTOR_KEY: text})
 
 
 def export_detector(
@@ -205,6 +206,7 @@ def _self_contained(cfg: Config, model: nn.Module) -> Config:
     """A copy of a config that names no files to initialize from, with the backbone's recipe and the neck's channels."""
     cfg = Config(cfg.to_dict()) if hasattr(cfg, 'to_dict') else Config(dict(cfg))
     cfg.load_from, cfg.resume = None, False
+    cfg.pop('work_dir', None)  # a place on the machine it was trained on; and equal runs give equal files
     if 'model' not in cfg:  # a Runner that was given a model, not its config
         return cfg
     backbone = getattr(model, 'backbone', None)
