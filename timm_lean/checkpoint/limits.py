@@ -43,7 +43,7 @@ _CALLS_PER_VALUE, _FREE_VALUES, _MAX_CALLS_BY_VALUES = 2, 1_000_000, 45_000_000
 _STEPS_FACTOR = 4  # folding takes twice as many calls again
 _CALLS_PER_OPERATION = 20  # an operation on tensors under `torch.device` takes the time of so many calls
 _OPERATION = getattr(DeviceContext.__torch_function__, '__code__', None)
-_MAX_CPU_BYTES = 64 * 2 ** 20  # of all operations on the CPU
+_BASE_CPU_BYTES, _CPU_BYTES_PER_VALUE = 64 * 2 ** 20, 8  # of all operations on the CPU; some make parameters there
 
 
 @dataclass
@@ -181,7 +181,7 @@ def limited(
     profile = sys.getprofile()
     sys.setprofile(count_call)
     try:
-        with _CpuMemory(work) if cpu_memory else nullcontext():
+        with _CpuMemory(work, shapes) if cpu_memory else nullcontext():
             yield work
     finally:
         sys.setprofile(profile)
@@ -192,17 +192,17 @@ def limited(
 class _CpuMemory(TorchDispatchMode):
     """Refuses operations that would take much memory on the CPU before they do."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Work, shapes: Mapping[str, tuple[int, ...]]):
         super().__init__()
-        self.work = work
+        self.work, self.limit = work, _BASE_CPU_BYTES + _CPU_BYTES_PER_VALUE * sum(map(math.prod, shapes.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _on_meta(args, kwargs):
             self.work.cpu_bytes += _result_bytes(func, args, kwargs)
-            if self.work.cpu_bytes > _MAX_CPU_BYTES:
+            if self.work.cpu_bytes > self.limit:
                 raise CheckpointError(f'The header asks for a network that computes tables of more than '
-                                      f'{_MAX_CPU_BYTES >> 20} MB while it is built.')
+                                      f'{self.limit >> 20} MB while it is built.')
         return func(*args, **kwargs)
 
 
