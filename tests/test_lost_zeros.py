@@ -6,7 +6,7 @@ import timm
 import torch
 
 from timm_lean import compact, load_model, prune_kernels, save_model
-from timm_lean.layers.zeros import lost_zeros, zero_kernels
+from timm_lean.checkpoint.recipe import lost_zeros, zero_kernels
 
 
 def pruned():

@@ -21,14 +21,13 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import unwrap_model
 
 from timm_lean.errors import CheckpointError, LeanError
-from timm_lean.layers.zeros import lost_zeros, note_zeros, zero_kernels
 
 from .allocate import allocate, skeleton
 from .files import atomic_dir, atomic_file
 from .limits import check_header_size, check_tensors, parse_entry
 from .packing import pack, packed_shapes, unpack
 from .pretrained_cfg import clean_pretrained_cfg
-from .recipe import LEAN_ENTRY, Recipe, build, has_step, recipe_of
+from .recipe import LEAN_ENTRY, Recipe, build, has_step, lost_zeros, note_zeros, recipe_of, zero_kernels
 
 __all__ = [
     'load_any', 'load_model', 'read_header', 'read_recipe', 'save_hf_dir', 'save_model', 'set_head',

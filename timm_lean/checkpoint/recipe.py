@@ -14,14 +14,15 @@ import torch.nn as nn
 from timm.models import get_model_args
 
 from timm_lean.errors import LeanError
-from timm_lean.layers.zeros import forget_zeros
 
 __all__ = [
-    'LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'has_step', 'list_steps', 'recipe_of', 'record_step',
-    'register_step',
+    'LEAN_ENTRY', 'Recipe', 'apply_steps', 'build', 'has_step', 'list_steps', 'lost_zeros', 'note_zeros',
+    'recipe_of', 'record_step', 'register_step', 'zero_kernels',
 ]
 
 LEAN_ENTRY = 'lean'  # the timm name under which restructured networks are rebuilt, see models/lean.py
+
+_ZEROS = 'lean_zeros'
 
 Step = dict[str, Any]
 _STEPS: dict[str, Callable[..., nn.Module]] = {}
@@ -84,8 +85,35 @@ def has_step(model: nn.Module, op: str) -> bool:
 
 def record_step(model: nn.Module, op: str, **arguments: Any) -> None:
     """Note on a model that a structural step was taken; what was noted of its zeros before does not hold any more."""
-    forget_zeros(model)
+    vars(model).pop(_ZEROS, None)
     model.lean_steps = [*getattr(model, 'lean_steps', []), {'op': op, **arguments}]  # type: ignore[assignment]
+
+
+def zero_kernels(model: nn.Module) -> int:
+    """How many kernels of a model's convolutions and shared bases are zero now."""
+    weights = {}
+    for module in model.modules():
+        weight = getattr(module, 'weight', None)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 4 and not weight.is_meta and not transposed:
+            weights[id(weight)] = weight.detach()
+    return sum(int((weight == 0).flatten(2).all(2).sum()) for weight in weights.values())
+
+
+def note_zeros(model: nn.Module) -> None:
+    """Note on a model whose kernels were pruned how many of them are zero, so that whoever saves it can tell a loss.
+
+    The note is an attribute, no part of a checkpoint: there the zeros themselves are. The next step ends it.
+    """
+    vars(model).pop(_ZEROS, None)
+    if count := zero_kernels(model):
+        setattr(model, _ZEROS, count)
+
+
+def lost_zeros(model: nn.Module) -> float | None:
+    """The share of the noted zeros that is gone, of the part of a model that lost most; None if nothing was noted."""
+    noted = [(vars(module)[_ZEROS], zero_kernels(module)) for module in model.modules() if _ZEROS in vars(module)]
+    return max((max(before - now, 0) / before for before, now in noted), default=None)
 
 
 def apply_steps(model: nn.Module, steps: list[Step]) -> nn.Module:

@@ -7,9 +7,8 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 
 from timm_lean.checkpoint.format import PRUNED_STEP
-from timm_lean.checkpoint.recipe import has_step
+from timm_lean.checkpoint.recipe import has_step, note_zeros
 from timm_lean.errors import LeanError
-from timm_lean.layers.zeros import note_zeros
 
 from .network import build_features, feature_levels, flat_name, load_features, whole_names
 from .scope import MODELS, register

@@ -17,12 +17,11 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from timm_lean.calibration import Calibration, calibrate, output_scores
-from timm_lean.checkpoint.recipe import has_step, record_step, register_step
+from timm_lean.checkpoint.recipe import has_step, note_zeros, record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import FilterBank, check_finite, find_filter_banks
 from timm_lean.layers.lean_report import hand_over
 from timm_lean.layers.patterns import Patterns
-from timm_lean.layers.zeros import note_zeros
 
 from .report import KernelReport, report_banks
 from .schedule import PruneSchedule

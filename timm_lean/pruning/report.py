@@ -3,18 +3,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn as nn
 
 from timm_lean.layers.filter_banks import FilterBank
 from timm_lean.layers.lean_report import LeanReport
-from timm_lean.layers.zeros import live_kernels
 from timm_lean.measure import count_params
 from timm_lean.measure.pictures import REFERENCE, layer_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['KernelReport', 'LayerReport', 'report_banks']
+__all__ = ['KernelReport', 'LayerReport', 'live_kernels', 'report_banks']
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,8 @@ def report_banks(model: nn.Module, banks: Sequence[FilterBank], kept: dict[str, 
     params = count_params(model)
     return KernelReport(
         params=(params, params), touched=sum(bank.weight.numel() for bank in banks), layers=tuple(layers))
+
+
+def live_kernels(weight: torch.Tensor) -> torch.Tensor:
+    """`[N, C / groups]`, True where a kernel has an entry that is not zero."""
+    return (weight.detach() != 0).flatten(2).any(2)

@@ -13,9 +13,8 @@ from timm.utils import unwrap_model
 
 from timm_lean.errors import LeanError
 from timm_lean.layers.filter_banks import find_filter_banks
-from timm_lean.layers.zeros import live_kernels
 
-from .report import KernelReport, report_banks
+from .report import KernelReport, live_kernels, report_banks
 
 __all__ = ['ZeroKeeper', 'keep_zeros', 'kernel_report']
 
