@@ -85,8 +85,9 @@ def test_bad_importances(kwargs, words):
 
 # --- families ---------------------------------------------------------------------------------------------------------
 
-FAST = ['resnet18', 'mobilenetv3_small_050', 'regnety_002', 'convnext_atto', 'resnet20_cifar']
+FAST = ['resnet18', 'mobilenetv3_small_050', 'resnet20_cifar']
 SLOW = [
+    'regnety_002', 'convnext_atto',
     'resnet50', 'resnet18d', 'wide_resnet50_2', 'resnext50_32x4d', 'seresnet50', 'resnetv2_50', 'resnest14d',
     'densenet121', 'vgg11_bn', 'mobilenetv2_050', 'mobilenetv3_large_100', 'efficientnet_lite0', 'efficientnet_b0',
     'tf_efficientnetv2_b0', 'regnetx_002', 'convnextv2_atto', 'repvgg_a0', 'ghostnet_050', 'dla34', 'hrnet_w18_small',
@@ -266,6 +267,7 @@ def test_a_pruned_model_learns():
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_fresh_process_rebuilds(tmp_path):
     model, x = prune_channels(model_of('resnet18'), image()), image()
     save_model(model, tmp_path / 'm.safetensors')

@@ -191,7 +191,8 @@ def test_a_profiler_of_the_caller_survives():
 
 # --- a network cut from a large one -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['resnet50', 'resnetaa50', 'swin_tiny_patch4_window7_224'])
+@pytest.mark.parametrize('name', [
+    'resnet50', pytest.param('resnetaa50', marks=pytest.mark.slow), 'swin_tiny_patch4_window7_224'])
 def test_a_network_cut_from_a_large_one_loads_without_it(name, tmp_path, monkeypatch):
     """The skeleton gets memory, in place of the whole network; what it computes is equal."""
     model = timm.create_model(name, num_classes=2).eval()

@@ -1,8 +1,12 @@
 """Print the oldest versions that pyproject.toml allows, one pin a line, for `pip install --constraint`."""
 import re
+import sys
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).parents[1] / 'pyproject.toml'
 
