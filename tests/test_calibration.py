@@ -8,12 +8,14 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import Calibration, calibrate, insert_norms, output_scores, output_spectra
+from timm_lean.calibration import Calibration, calibrate, insert_norms, output_scores
 from timm_lean.calibration.layers import LinearMap
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
 from timm_lean.models.resnet_cifar import CifarResNet
 from timm_lean.pruning import prune_kernels
+from timm_lean.sharing.groups import find_groups
+from timm_lean.sharing.spectra import output_spectra
 
 
 def network(seed=0, **kwargs):
@@ -90,7 +92,9 @@ def test_ranks_by_the_energy_of_outputs(images, unseen):
     """The spectrum by hand for one layer, and a budget that is better spent than by the weights' energy."""
     original = network(channels=(8, 24))
     conv = original.layer1[0].conv1
-    spectrum = output_spectra(original, [['layer1.0.conv1']], [images], ridge=0., positions=256)[0]
+    groups, _ = find_groups(original, False, None, 'layer1.0.conv1', None, alone=True, classifier=False)
+    output_spectra(groups, original, [images], ridge=0., positions=256)
+    spectrum = groups[0].kept['rows'].diff(prepend=torch.zeros(1)).sqrt()
     with torch.no_grad():
         x = original.act1(original.bn1(original.conv1(images)))
         y = conv(x).transpose(0, 1).flatten(1)

@@ -19,6 +19,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--dual', action='store_const', const=True,
                    help="a basis each for a block's first and second convolution")
     p.add_argument('--bn', action='store_true', help='batch norms behind the filters, set by training images')
+    p.add_argument('--alone', action=argparse.BooleanOptionalAction,
+                   help='factorize layers without a partner too (default: not with --shared-rank)')
+    p.add_argument('--classifier', action='store_const', const=True, help='convert the classifier too')
     p.add_argument('--stages', type=int, nargs='+', metavar='N', help="as timm's feature levels; all if not given")
     add_layers(p)
     add_json(p)
@@ -34,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
                         '--calibrate 0.')
 
     def convert(model: Any, x: Any, images: Any) -> Any:
-        options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude')
+        options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude',
+                        'alone', 'classifier')
         return share(model, example_input=x, bn=args.bn, calibration=images, **options)
 
     change_network(args, 'converted', convert)

@@ -30,10 +30,11 @@ import timm_lean
 from timm_lean import LeanError
 from timm_lean.checkpoint.files import atomic_file
 from timm_lean.depth.images import open_source
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.measure import count_macs, inference, training_step
 from timm_lean.measure.timing import hardware, time_in_turn
 from timm_lean.pruning import SpectralImportance, all_scores, prune_channels
-from timm_lean.pruning.graph import build_graph, channel_groups, classifier_modules
+from timm_lean.pruning.graph import build_graph, channel_groups
 from timm_lean.regularizers import create_regularizer
 from timm_lean.training.device import resolve_device
 
@@ -83,11 +84,16 @@ def shared_bases(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
 
 
 def conversion(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
-    dense = timm.create_model('resnet18')
-    converted = timm_lean.share(dense, params=0.5)
-    ours, anchor = 'training step of resnet18, converted to half its parameters', 'training step of resnet18'
-    return ratios({ours: training_step(converted, x), anchor: training_step(dense, x)}, [(ours, anchor)], args.repeats,
-                  x.device)
+    rows = []
+    for name in ('resnet18', 'resnet50', 'mobilenetv2_100'):
+        dense = timm.create_model(name, num_classes=10)
+        converted = timm_lean.share(dense, params=0.5)
+        macs = count_macs(converted, x.shape) / count_macs(dense, x.shape)
+        ours, anchor = (f'training step of {name}, converted to half its parameters, {macs:.2f}x the MACs',
+                        f'training step of {name}')
+        rows += ratios({ours: training_step(converted, x), anchor: training_step(dense, x)}, [(ours, anchor)],
+                       args.repeats, x.device)
+    return rows
 
 
 def regularizers(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
@@ -143,7 +149,8 @@ def run(args: argparse.Namespace) -> Iterator[Ratio]:
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     for part in PARTS:
-        yield from part(args, x)
+        if args.only in (None, part.__name__):
+            yield from part(args, x)
 
 
 def format_rows(rows: Sequence[Ratio]) -> str:
@@ -173,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--repeats', type=int, default=20)
     p.add_argument('--prune-ratio', type=float, default=0.3, help='share of the channels of resnet50 removed')
     p.add_argument('--workers', type=int, default=2, help='processes that read images')
+    p.add_argument('--only', choices=[part.__name__ for part in PARTS], help='one part of the table')
     p.add_argument('--write', metavar='FILE', type=Path, help='also put the table into this Markdown file')
     return p
 

@@ -7,10 +7,12 @@ that the branch ends in (`walk`). Batch norm statistics are measured anew where 
 """
 from .batchnorm import insert_norms
 from .calibrate import calibrate
-from .inputs import input_covariances, output_scores, output_spectra
+from .groups import LARGEST
+from .inputs import group_covariances, input_covariances, output_scores
 from .report import CalibrationReport, LayerFit
 from .settings import Calibration
+from .shared import whitened
 
 __all__ = [
-    'Calibration', 'CalibrationReport', 'LayerFit', 'calibrate', 'input_covariances', 'insert_norms', 'output_scores',
-    'output_spectra']
+    'LARGEST', 'Calibration', 'CalibrationReport', 'LayerFit', 'calibrate', 'group_covariances', 'input_covariances',
+    'insert_norms', 'output_scores', 'whitened']

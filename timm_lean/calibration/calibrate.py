@@ -17,7 +17,7 @@ from .batchnorm import reestimate
 from .fleet import Fleet, Ship, fleet, survey
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, of_samples, pick_positions
-from .layers import LinearMap, is_layer, linear_map, patches, rows_of
+from .layers import LinearMap, is_layer, linear_map, rows_of, unfolded
 from .moments import HeldOut, Moments, all_reduce, is_distributed
 from .origin import check_origin
 from .report import CalibrationReport, LayerFit
@@ -175,7 +175,7 @@ class _Fit:
             helps = errors < held.error  # filter by filter
             change = change * helps[..., None]
             after = float(torch.where(helps, errors, held.error).sum())
-            shift = change[..., -1].flatten() if layer.bias and norm is not None else None
+            shift = layer.shift(change) if layer.bias and norm is not None else None
             layer.assign(layer.weight + change)
             for join in joins:
                 if join is not None:
@@ -202,9 +202,9 @@ class _Fit:
         def sampled(y: torch.Tensor) -> torch.Tensor:
             return _at(rows_of(layer.layer, y), chosen)
 
-        channels = self._channels(name, rows0.shape[2], layer)
         inputs = layer.inputs(here.inputs, chosen)
-        outputs = torch.einsum('ngd,god->ngo', inputs, layer.weight).flatten(1)
+        outputs = layer.outputs(inputs)
+        channels = self._channels(name, rows0.shape[2], outputs.shape[1])
         targets = sampled(there.outputs)[:, channels]
         if norm is not None and norm0 is not None:
             targets = _through_norms(targets, norm0, norm, channels)
@@ -214,17 +214,14 @@ class _Fit:
             scale = torch.ones_like(gap[0]) if here.scale is None else here.scale
             usable = scale.abs() > _NEAR_ZERO * scale.abs().max()
             targets = torch.where(usable, outputs + gap / torch.where(usable, scale, 1.), targets)
-        lacking = targets - outputs
-        shape = (len(inputs), layer.groups, layer.filters)
-        return inputs, lacking.view(shape), targets.view(shape), here if joined else None
+        return inputs, layer.onto(targets - outputs), layer.onto(targets), here if joined else None
 
     def _positions(
             self, count: int, inputs: int, index: int, ships: Fleet, ship: Ship, calls: int) -> torch.Tensor | None:
         return pick_positions(count, self.setting.positions, inputs, ships.images * calls,
                               1_000_003 * index + ship.index, self.device)
 
-    def _channels(self, name: str, there: int, layer: LinearMap) -> Any:
-        here = layer.groups * layer.filters
+    def _channels(self, name: str, there: int, here: int) -> Any:
         if name in self.kept:
             index = torch.as_tensor(self.kept[name], dtype=torch.long, device=self.device)
             if len(index) == here and (not here or int(index.max()) < there):
@@ -260,7 +257,7 @@ class _Fit:
                     layer, rows = group.layers[name], rows_of(group.layers[name], there.outputs)
                     chosen = self._positions(
                         rows.shape[1], group.size, index, ships, ship, self.survey.counts[name])
-                    inputs = patches(layer, here.inputs, chosen)
+                    inputs = unfolded(layer, here.inputs, chosen)[:, 0]
                     held = of_samples(ship.held, len(inputs))
                     group.add(name, inputs, _at(rows, chosen), held)
                 left[name] -= 1

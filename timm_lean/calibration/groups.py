@@ -9,12 +9,15 @@ import torch.nn.functional as F
 
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.shared_basis import bn_scale_shift
+from timm_lean.layers.standardized import dense_weight
 
 from .moments import HeldOut, Moments
 from .report import LayerFit
 from .shared import SharedLayer, alternate, orthonormalize, whitened_basis, whitened_unique
 
-__all__ = ['BasisGroup', 'find_groups']
+__all__ = ['LARGEST', 'BasisGroup', 'find_groups']
+
+LARGEST = 8192  # inputs of filters whose second moments are kept
 
 _WIDE = 1024  # inputs of layers of which a turn is dear
 
@@ -102,7 +105,9 @@ def find_groups(model: nn.Module, original: nn.Module, names: Sequence[str]) -> 
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for name in names:
         layer = model.get_submodule(name)
-        if isinstance(layer, SharedBasisConv2d) and layer.basis is not None:
+        if not isinstance(layer, SharedBasisConv2d) or layer.basis is None:
+            continue
+        if layer.basis.weight[0].numel() <= LARGEST:
             found[id(layer.basis)][name] = layer
     groups = []
     for layers in found.values():
@@ -120,7 +125,7 @@ def _shared_layer(layer: Any, moments: Moments, original: torch.Tensor, ridge: f
     target = cross + _dense(layer).double() @ gram + penalty * original
     gram.diagonal().add_(penalty)
     weight = 1 / float(((original @ gram) * original).sum().clamp_min(1e-30))
-    mix = layer.coeff.weight.detach().flatten(1).double() if isinstance(layer.coeff, nn.Conv2d) else None
+    mix = layer.coeff.weight.detach().flatten(1).double() if layer.has_coefficients else None
     live_mix = None if mix is None else _mask(mix != 0)
     if layer.unique is None:
         return SharedLayer(gram, target, weight, mix, gram.new_zeros(0, len(gram)), live_mix)
@@ -155,7 +160,7 @@ def _is_free(layer: SharedBasisConv2d) -> bool:
 
 
 def _dense(layer: Any) -> torch.Tensor:
-    weight = layer.dense_weight_bias()[0] if isinstance(layer, SharedBasisConv2d) else layer.weight.detach()
+    weight = layer.dense_weight_bias()[0] if isinstance(layer, SharedBasisConv2d) else dense_weight(layer)
     return weight.flatten(1)
 
 

@@ -14,13 +14,12 @@ from timm_lean.errors import LeanError
 
 from .fleet import fleet, survey
 from .images import load_chunks, pick_positions
-from .layers import is_layer, patches
+from .layers import is_layer, rows_of, unfolded
 from .moments import all_reduce
 from .settings import Calibration
-from .shared import whitened
 from .walk import evaluation
 
-__all__ = ['input_covariances', 'output_scores', 'output_spectra']
+__all__ = ['group_covariances', 'input_covariances', 'output_scores']
 
 
 @torch.no_grad()
@@ -30,11 +29,11 @@ def input_covariances(
         calibration: Calibration | Iterable[Any],
         **options: Any,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Covariances of what the filters of convolutions see, over all images and calls.
+    """Covariances of what the filters of convolutions and linear layers see, over all images and calls.
 
     Args:
         model: The network.
-        names: Its convolutions.
+        names: Its layers.
         calibration: Images, see `Calibration`; `ridge` is added to the diagonal, relative to its mean.
         **options: Options of `Calibration`.
 
@@ -54,10 +53,10 @@ def input_covariances(
                 for ship in ships.at(name, call):
                     looks = ships.images * met.counts[name]
                     stop = ship.walks[0].to(name, call, 'after')
-                    count = stop.outputs[0, 0].numel()
+                    count = rows_of(layer, stop.outputs).shape[1]
                     chosen = pick_positions(count, setting.positions, layer.weight[0].numel(), looks,
                                             1_000_003 * index + ship.index, device)
-                    x = patches(layer, stop.inputs, chosen).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+                    x = unfolded(layer, stop.inputs, chosen).transpose(0, 1)
                     gram, total, number = (x.mT @ x).double(), x.double().sum(1), x.new_tensor(x.shape[1]).double()
                     before = sums.get(name)
                     sums[name] = (gram, total, number) if before is None else (
@@ -95,37 +94,34 @@ def output_scores(
             for name, covariance in input_covariances(model, names, calibration, **options)}
 
 
-@torch.no_grad()
-def output_spectra(
+def group_covariances(
         model: nn.Module, groups: Sequence[Sequence[str]], calibration: Calibration | Iterable[Any], **options: Any,
-) -> list[torch.Tensor]:
-    """Singular values of the stacked filters of groups of convolutions, by the energy of their outputs.
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Covariances of what the layers of groups see, group by group.
 
     Args:
         model: The network.
-        groups: Names of ungrouped convolutions of one shape, group by group.
+        groups: Names of convolutions or linear layers.
         calibration: Images, see `Calibration`.
         **options: Options of `Calibration`.
 
-    Returns:
-        For each group `[min(layers * out, d)]`: the sum of squares beyond the r-th is the share of the outputs' energy
-        that the best r common filters lose, as far as the layers' inputs have the same covariance.
+    Yields:
+        Index of a group and the covariances `[groups, d, d]` of its layers, as soon as all are known.
+
+    Raises:
+        LeanError: The network does not run one of the layers.
     """
-    spectra: dict[int, torch.Tensor] = {}
     group_of = {name: index for index, names in enumerate(groups) for name in names}
     waiting: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(groups))}
     for name, covariance in input_covariances(model, list(group_of), calibration, **options):
         index = group_of[name]
-        waiting[index][name] = covariance[0]
+        waiting[index][name] = covariance
         if len(waiting[index]) == len(groups[index]):
-            grams = waiting.pop(index)
-            convs: list[Any] = [model.get_submodule(n) for n in grams]
-            rows = [conv.weight.detach().double().flatten(1) for conv in convs]
-            spectra[index] = torch.linalg.svdvals(whitened(list(grams.values()), rows)[0])
+            found = waiting.pop(index)
+            yield index, [found[n] for n in groups[index]]
     if waiting:
         missing = next(name for index in waiting for name in groups[index] if name not in waiting[index])
         raise LeanError(f'The network never runs {missing!r}, so images say nothing about it; leave it out by exclude.')
-    return [spectra[index] for index in range(len(groups))]
 
 
 def _scores(layer: Any, covariance: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,18 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from timm.layers.padding import get_same_padding
 
-from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers import SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
 from timm_lean.layers.shared_basis import bn_scale_shift
+from timm_lean.layers.standardized import pads_same
 
-__all__ = ['Coefficients', 'ConvFilters', 'LinearMap', 'is_layer', 'linear_map', 'patches', 'rows_of']
+__all__ = ['Coefficients', 'ConvFilters', 'LinearMap', 'is_layer', 'linear_map', 'patches', 'rows_of', 'unfolded']
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or linear layer that computes with its weights as they are."""
     if type(module) in (nn.Conv2d, Conv2dSame):
         return module.padding_mode == 'zeros'
-    return type(module) in (nn.Linear, SharedBasisConv2d)
+    return type(module) in (nn.Linear, SharedBasisConv2d, SharedBasisLinear)
 
 
 class LinearMap:
@@ -36,7 +37,7 @@ class LinearMap:
         self.layer = layer
         self.norm = norm
         self.bias = self._bias() is not None or norm is not None
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        groups = self._groups()
         self._kernel = weight
         rows = weight.detach().flatten(1).view(groups, len(weight) // groups, -1)
         free = self._free_kernels()
@@ -54,6 +55,18 @@ class LinearMap:
         samples = self._samples(x, positions)
         return F.pad(samples, (0, 1), value=1.) if self.bias else samples
 
+    def outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's outputs `[n, channels]` for samples of its inputs."""
+        return torch.einsum('ngd,god->ngo', inputs, self.weight).flatten(1)
+
+    def onto(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What the weights can bring about of outputs `[n, channels]`, `[n, groups, filters]`."""
+        return outputs.unflatten(1, (self.groups, self.filters))
+
+    def shift(self, change: torch.Tensor) -> torch.Tensor:
+        """By how much a change of the weights moves each output channel, whatever the input; `[channels]`."""
+        return change[..., -1].flatten()
+
     @torch.no_grad()
     def assign(self, weight: torch.Tensor) -> None:
         """Give the layer new weights, `[groups, filters, size]`."""
@@ -70,6 +83,9 @@ class LinearMap:
                 self.weight[..., -1] = 0
         self._kernel.copy_(weight.reshape(self._kernel.shape))
 
+    def _groups(self) -> int:
+        return self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+
     def _bias(self) -> Any:
         return self.layer.bias
 
@@ -77,8 +93,7 @@ class LinearMap:
         return None
 
     def _samples(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        rows = rows_of(self.layer, x)
-        return (rows if positions is None else rows[:, positions]).flatten(0, 1)[:, None]
+        return unfolded(self.layer, x, positions)
 
 
 class ConvFilters(LinearMap):
@@ -92,12 +107,12 @@ class ConvFilters(LinearMap):
         live = (self._kernel != 0).flatten(2).any(2)
         return None if bool(live.all()) else live[:, :, None, None]
 
-    def _samples(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        return patches(self.layer, x, positions).unflatten(1, (self.layer.groups, -1))
-
 
 class Coefficients(LinearMap):
     """The coefficients of a shared-basis layer, whose inputs are the responses of its filters."""
+
+    def _groups(self) -> int:
+        return self.layer.coeff.groups
 
     def _bias(self) -> Any:
         return self.layer.coeff.bias
@@ -107,12 +122,57 @@ class Coefficients(LinearMap):
         return None if bool(live.all()) else live
 
     def _samples(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        filters = torch.cat([bank.weight for bank in self.layer.banks()]).flatten(1)
-        responses = patches(self.layer, x, positions) @ filters.T
+        inputs = unfolded(self.layer, x, positions)
+        filters = self.layer.joined_filters().flatten(1).unflatten(0, (inputs.shape[1], -1))
+        responses = torch.einsum('ngd,grd->ngr', inputs, filters)
         if not isinstance(self.layer.bn, nn.Identity):
-            scale, shift = bn_scale_shift(self.layer.bn)
-            responses = responses * scale.to(x.dtype) + shift.to(x.dtype)
-        return responses[:, None]
+            scale, shift = (t.to(x.dtype).unflatten(0, (inputs.shape[1], -1)) for t in bn_scale_shift(self.layer.bn))
+            responses = responses * scale + shift
+        return responses
+
+
+class FiltersForShared(LinearMap):
+    """The own filters of a layer whose coefficients other layers use too.
+
+    With `C = Q R`, `Q` orthonormal, the filters `R B` lie in the outputs' own geometry: what they can bring about is
+    the projection on `Q`, and they are fitted to it as those of any layer are.
+    """
+
+    def __init__(self, layer: Any, norm: nn.Module | None):
+        self.layer, self.norm, self.free = layer, norm, None
+        self.bias = self._bias() is not None or norm is not None
+        self._q, self._r = torch.linalg.qr(layer.coeff.weight.detach().flatten(1))
+        # the last input's weights are a change of the bias, which itself need not lie where filters reach
+        self.weight = F.pad(self._r @ layer.unique.weight.detach().flatten(1), (0, int(self.bias)))[None]
+        self.groups, self.filters, self.size = self.weight.shape
+
+    def outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        bias = self._bias()
+        outputs = super().outputs(inputs) @ self._q.T
+        return outputs if bias is None else outputs + bias
+
+    def onto(self, outputs: torch.Tensor) -> torch.Tensor:
+        return (outputs @ self._q)[:, None]
+
+    def shift(self, change: torch.Tensor) -> torch.Tensor:
+        return self._q.to(change.dtype) @ super().shift(change)
+
+    @torch.no_grad()
+    def assign(self, weight: torch.Tensor) -> None:
+        self.weight = weight = weight.to(self.weight.dtype)
+        if self.bias:
+            column = self._q @ weight[0, :, -1]
+            if self._bias() is not None:
+                self._bias().add_(column)
+            else:
+                self.norm.running_mean.sub_(column)  # type: ignore[union-attr, operator]
+            weight = weight[..., :-1]
+            self.weight[..., -1] = 0
+        filters = self.layer.unique.weight
+        filters.copy_(torch.linalg.solve_triangular(self._r, weight[0], upper=True).view_as(filters))
+
+    def _bias(self) -> Any:
+        return self.layer.coeff.bias
 
 
 def linear_map(layer: Any, norm: nn.Module | None = None) -> LinearMap | None:
@@ -125,11 +185,32 @@ def linear_map(layer: Any, norm: nn.Module | None = None) -> LinearMap | None:
     if not all(p.requires_grad for p in layer.parameters()):
         return None
     if isinstance(layer, SharedBasisConv2d):
-        if not isinstance(layer.coeff, nn.Conv2d) or any(bank.groups > 1 for bank in layer.banks()):
+        if not layer.has_coefficients or any(bank.groups != layer.coeff.groups for bank in layer.banks()):
             return None
-        return Coefficients(layer, layer.coeff.weight, norm if layer.coeff.bias is None else None)
+        norm = norm if layer.coeff.bias is None else None
+        if isinstance(layer.coeff, SharedCoefficients):
+            return _filters_for_shared(layer, norm)
+        return Coefficients(layer, layer.coeff.weight, norm)  # type: ignore[arg-type]
     norm = norm if layer.bias is None else None
     return (LinearMap if isinstance(layer, nn.Linear) else ConvFilters)(layer, layer.weight, norm)
+
+
+def _filters_for_shared(layer: Any, norm: nn.Module | None) -> LinearMap | None:
+    """None where zeros must stay, or coefficients depend on each other."""
+    weight = layer.coeff.weight.detach().flatten(1)
+    whole = bool((layer.unique.weight != 0).all()) and isinstance(layer.bn, nn.Identity)
+    if not whole or weight.shape[0] < weight.shape[1] or torch.linalg.cond(weight) > 1e4:
+        return None
+    return FiltersForShared(layer, norm)
+
+
+def unfolded(layer: Any, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """What the filters of a layer see at some positions, `[n, groups, size]`; see `patches`."""
+    if isinstance(layer, (nn.Linear, SharedBasisLinear)):
+        rows = rows_of(layer, x)
+        return (rows if positions is None else rows[:, positions]).flatten(0, 1)[:, None]
+    groups = layer.banks()[0].groups if isinstance(layer, SharedBasisConv2d) else layer.groups
+    return patches(layer, x, positions).unflatten(1, (groups, -1))
 
 
 def patches(layer: Any, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
@@ -161,7 +242,7 @@ def _padding(layer: Any, x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, i
     both = []
     for i in range(2):
         k, s, d = layer.kernel_size[i], layer.stride[i], layer.dilation[i]
-        if isinstance(layer, Conv2dSame):
+        if pads_same(layer):
             total = int(get_same_padding(x.shape[2 + i], k, s, d))
         elif isinstance(layer.padding, str):
             total = d * (k - 1) if layer.padding == 'same' else 0
@@ -174,6 +255,6 @@ def _padding(layer: Any, x: torch.Tensor) -> tuple[tuple[int, int], tuple[int, i
 
 def rows_of(layer: Any, y: torch.Tensor) -> torch.Tensor:
     """A layer's output or input as `[B, positions, channels]`."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, SharedBasisLinear)):
         return y.flatten(1, -2) if y.ndim > 2 else y[:, None]
     return y.flatten(2).transpose(1, 2)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from timm_lean.errors import LeanError
+
 from .solver import Scaling, conjugate_gradients
 
 __all__ = [
@@ -95,7 +97,7 @@ def whitened(grams: Sequence[torch.Tensor], originals: Sequence[torch.Tensor]) -
     mean = torch.zeros_like(grams[0])
     for gram, rows in zip(grams, originals, strict=True):
         mean += gram / float((rows @ gram * rows).sum().clamp_min(1e-30)) / len(grams)
-    lower = torch.linalg.cholesky(mean)
+    lower = _cholesky(mean)
     scaled = [rows @ lower for rows in originals]
     return torch.cat([rows / rows.norm().clamp_min(1e-30) for rows in scaled]), lower
 
@@ -113,7 +115,7 @@ def whitened_basis(layers: list[SharedLayer], originals: list[torch.Tensor], ran
 
 def whitened_unique(layer: SharedLayer, original: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """The leading directions of what a basis leaves of one layer, whitened by its own moments; `[unique, d]`."""
-    lower = torch.linalg.cholesky(layer.gram)
+    lower = _cholesky(layer.gram)
     filters = torch.linalg.qr((basis @ lower).T)[0]
     rows = original @ lower
     leading = torch.linalg.svd(rows - rows @ filters @ filters.T, full_matrices=False)[2][:len(layer.unique)]
@@ -209,3 +211,14 @@ def _sum_factor(layers: list[SharedLayer]) -> torch.Tensor | None:
 def _diagonal(diagonal: torch.Tensor) -> Scaling:
     inverse = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
     return lambda x: x * inverse
+
+
+def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """The lower triangle `L` of `L L^T`, the matrix or, where rounding has made that indefinite, near it."""
+    size = gram.diagonal().abs().mean().clamp_min(1e-30)
+    for added in (0, *(10. ** k for k in range(-6, 2))):
+        lower, failed = torch.linalg.cholesky_ex(
+            gram + added * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if added else gram)
+        if not bool(failed):
+            return lower
+    raise LeanError('A layer of a group that shares filters sees values that are not finite for these images.')

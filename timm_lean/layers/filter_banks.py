@@ -1,7 +1,7 @@
 """The filter banks of a model: what regularizers and pruning act on.
 
 A filter bank is a set of convolution filters that exists once: an `nn.Conv2d`, or a `FilterBasis` however many layers
-share it.
+share it. Linear layers have none, shared or not.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ import torch.nn as nn
 
 from timm_lean.errors import LeanError
 
+from .filter_basis import FilterBasis
 from .patterns import Patterns, match_names, some_names
-from .shared_basis import FilterBasis
+from .shared_basis import SharedBasisLinear
 
 __all__ = ['FilterBank', 'Patterns', 'check_finite', 'find_filter_banks']
 
@@ -67,7 +68,8 @@ def find_filter_banks(
         LeanError: The model has no convolution, a pattern matches none, or nothing is left.
     """
     banks: list[FilterBank] = []
-    seen: set[int] = set()
+    linear = [m for layer in model.modules() if isinstance(layer, SharedBasisLinear) for m in layer.modules()]
+    seen = {id(m.weight) for m in linear if isinstance(m, (nn.Conv2d, FilterBasis))}
     for name, module in model.named_modules():
         # Two modules may be tied by one parameter; its filters exist once all the same.
         if isinstance(module, (nn.Conv2d, FilterBasis)) and id(module.weight) not in seen:

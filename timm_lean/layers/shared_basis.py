@@ -2,90 +2,24 @@
 
 Paper: `Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks`
 - https://arxiv.org/abs/2006.05066 (Kang & Kim, NeurIPS 2021), section 3.
-
-Sharing is *module* sharing: every layer of a group registers the same `FilterBasis` object. PyTorch then keeps the
-tensor one through `.to()`, `to_empty()`, `deepcopy`, pickling and `load_state_dict(assign=True)`, and lists it once in
-`parameters()`. The one thing PyTorch would do several times is write it into a state dict, so `FilterBasis` writes
-itself only at the first of its places; that is what plain `safetensors.torch.save_file` needs.
 """
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 
 from timm_lean.errors import LeanError
 
-__all__ = ['FilterBasis', 'SharedBasisConv2d', 'init_orthonormal']
+from .filter_basis import FilterBasis, SharedCoefficients
 
+torch.fx.wrap('pad_same')  # depends on sizes; symbolic tracing keeps the call
 
-class FilterBasis(nn.Module):
-    """A bank of convolution filters, used by one layer or shared by many.
-
-    Args:
-        num_filters: Number of filters N in the bank.
-        in_channels: Channels of the input the filters are applied to.
-        kernel_size: Side of the square kernels.
-        groups: Convolution groups; a filter sees `in_channels / groups` channels.
-        stage: Index of the network stage the bank serves, from 0.
-        kind: Which convolution of a block the bank serves. The orthogonality loss joins banks of one stage and kind.
-
-    Attributes:
-        weight: The filters, `[N, in_channels / groups, kernel_size, kernel_size]`.
-    """
-
-    def __init__(
-            self,
-            num_filters: int,
-            in_channels: int,
-            kernel_size: int,
-            groups: int = 1,
-            stage: int = 0,
-            kind: str = '',
-            device: Any = None,
-            dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if in_channels % groups or num_filters % groups:
-            raise LeanError(
-                f'in_channels={in_channels} and num_filters={num_filters} must both be divisible by groups={groups}.')
-        self.num_filters = num_filters
-        self.in_channels = in_channels
-        self.kernel_size = (kernel_size, kernel_size)
-        self.groups = groups
-        self.stage = stage
-        self.kind = kind
-        self.weight = nn.Parameter(
-            torch.empty(num_filters, in_channels // groups, kernel_size, kernel_size, device=device, dtype=dtype))
-        self._loading: list[str] | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_orthonormal(self)
-
-    def extra_repr(self) -> str:
-        return f'{self.num_filters}, {self.in_channels}, kernel_size={self.kernel_size}, groups={self.groups}'
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # Whichever place comes first in *this* state dict writes, so a submodule saved alone is complete too.
-        if not any(isinstance(t, torch.Tensor) and _same_memory(t, self.weight) for t in destination.values()):
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-            self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool,
-            missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:
-        # One load_state_dict() call passes the same `missing_keys` list to every place; holding the list (not its
-        # id, which could be reused) tells the later places of one call from the first place of the next.
-        first = self._loading is not missing_keys
-        self._loading = missing_keys
-        if first or prefix + 'weight' in state_dict:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_loading': None}
+__all__ = ['SharedBasisConv2d', 'SharedBasisLinear', 'bn_scale_shift', 'is_plain_batchnorm', 'ungroup']
 
 
 class SharedBasisConv2d(nn.Module):
@@ -105,9 +39,11 @@ class SharedBasisConv2d(nn.Module):
         unique_rank: Number of filters of this layer alone.
         stride: Stride of the convolution.
         unique_groups: Groups of the unique filters; those of the basis if None.
-        coefficients: Combine the responses by a 1 x 1 convolution.
+        coefficients: Combine the responses by a 1 x 1 convolution; a bank of 1 x 1 filters over the responses, which
+            other layers may use too, gives its weights.
+        coeff_groups: Groups of the coefficients; more than 1 only where they are those of all filters.
         norm_layer: Normalization between filters and coefficients, or None.
-        padding: Zeros around the input; `kernel_size // 2` if None.
+        padding: Zeros around the input; `kernel_size // 2` if None, TensorFlow's for 'same'.
         dilation: Dilation of the convolution.
         bias: Give the coefficients a bias.
 
@@ -128,9 +64,10 @@ class SharedBasisConv2d(nn.Module):
             unique_rank: int = 0,
             stride: int = 1,
             unique_groups: int | None = None,
-            coefficients: bool = True,
+            coefficients: bool | FilterBasis = True,
+            coeff_groups: int = 1,
             norm_layer: type[nn.Module] | None = nn.BatchNorm2d,
-            padding: int | None = None,
+            padding: int | str | None = None,
             dilation: int = 1,
             bias: bool = False,
             device: Any = None,
@@ -143,18 +80,24 @@ class SharedBasisConv2d(nn.Module):
             raise LeanError('shared_rank and unique_rank are both 0: the convolution would have no filters.')
         if bias and not coefficients:
             raise LeanError('bias=True needs coefficients=True: the bias is that of the coefficients.')
-        if not coefficients and rank != out_channels:
+        if coefficients is False and rank != out_channels:
             raise LeanError(f'Without coefficients the {rank} filters must equal out_channels={out_channels}.')
         if basis is not None and (basis.in_channels, basis.kernel_size[0]) != (in_channels, kernel_size):
             raise LeanError(
                 f'The basis is for {basis.in_channels} channels and {basis.kernel_size[0]} x {basis.kernel_size[0]} '
                 f'kernels, the layer for {in_channels} and {kernel_size} x {kernel_size}.')
+        if isinstance(coefficients, FilterBasis) and (
+                coefficients.num_filters, coefficients.in_channels) != (out_channels, rank):
+            raise LeanError(
+                f'The coefficients are for {coefficients.in_channels} filters and {coefficients.num_filters} outputs, '
+                f'the layer has {rank} and {out_channels}.')
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = (stride, stride)
-        padding = kernel_size // 2 if padding is None else padding
-        self.padding = (padding, padding)
+        self.same_padding = padding == 'same'
+        width = 0 if self.same_padding else kernel_size // 2 if padding is None else int(padding)
+        self.padding = (width, width)
         self.dilation = (dilation, dilation)
         self.shared_rank = shared_rank
         self.unique_rank = unique_rank
@@ -166,11 +109,16 @@ class SharedBasisConv2d(nn.Module):
         ) if unique_rank else None
         self.basis = basis
         self.bn = norm_layer(rank, **dd) if norm_layer is not None else nn.Identity()
-        self.coeff = nn.Conv2d(rank, out_channels, 1, bias=bias, **dd) if coefficients else nn.Identity()
+        if coeff_groups > 1 and any(bank.groups != coeff_groups for bank in self.banks()):
+            raise LeanError(f'coeff_groups={coeff_groups} must be the groups of all filters.')
+        self.coeff = (
+            SharedCoefficients(coefficients, bias) if isinstance(coefficients, FilterBasis)
+            else nn.Conv2d(rank, out_channels, 1, groups=coeff_groups, bias=bias, **dd) if coefficients
+            else nn.Identity())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize what this layer owns; the shared basis is initialized by whoever created it."""
+        """Initialize what this layer owns; shared banks are initialized by whoever created them."""
         if self.unique is not None:
             self.unique.reset_parameters()
         if isinstance(self.coeff, nn.Conv2d):
@@ -180,7 +128,29 @@ class SharedBasisConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-                f'shared_rank={self.shared_rank}, unique_rank={self.unique_rank}')
+                f'shared_rank={self.shared_rank}, unique_rank={self.unique_rank}'
+                + (', padding=same' if self.same_padding else ''))
+
+    @property
+    def has_coefficients(self) -> bool:
+        """Whether coefficients combine the filters' responses."""
+        return not isinstance(self.coeff, nn.Identity)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the layer that this one stands for, for code that looks at it or computes with it.
+
+        Not there with a normalization inside, or with banks of unequal groups.
+        """
+        groups = {bank.groups for bank in self.banks()} | ({self.coeff.groups} if self.has_coefficients else set())
+        if not isinstance(self.bn, nn.Identity) or len(groups) > 1:
+            raise AttributeError(f'This {type(self).__name__} is more than one convolution and has no weight.')
+        return self._composed_weight() if self.has_coefficients else self.joined_filters()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the coefficients."""
+        return self.coeff.bias if self.has_coefficients else None  # type: ignore[return-value]
 
     def banks(self) -> list[FilterBasis]:
         """The layer's filter banks in the order of its channels: unique first, then shared."""
@@ -196,38 +166,58 @@ class SharedBasisConv2d(nn.Module):
 
         Possible without normalization only (converted networks), and left alone where nothing may depend on sizes.
         """
-        coeff = self.coeff
-        if not isinstance(self.bn, nn.Identity) or not isinstance(coeff, nn.Conv2d):
+        coeff: Any = self.coeff
+        if not isinstance(self.bn, nn.Identity) or not self.has_coefficients:
             return False
         if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        if coeff._forward_hooks or coeff._forward_pre_hooks or any(bank.groups > 1 for bank in self.banks()):
+        if coeff._forward_hooks or coeff._forward_pre_hooks or any(b.groups != coeff.groups for b in self.banks()):
             return False
-        places = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        rank, out, dim = coeff.in_channels, self.out_channels, self.in_channels * self.kernel_size[0] ** 2
-        return places * (rank * (dim + out) - out * dim) > out * rank * dim
+        rank, out, dim = coeff.in_channels, self.out_channels, self.banks()[0].weight[0].numel()
+        each = rank // coeff.groups  # filters that an output combines
+        return self._places(x) * (rank * dim + out * each - out * dim) > out * each * dim
+
+    def _places(self, x: torch.Tensor) -> int:
+        """Number of positions of the output."""
+        return x.shape[0] * math.prod(self.output_size(x.shape[2:]))
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        """Height and width of the output for those of an input."""
+        if self.same_padding:
+            return [-(-n // stride) for n, stride in zip(size, self.stride, strict=True)]
+        return [(n + 2 * pad - gap * (side - 1) - 1) // stride + 1 for n, side, stride, pad, gap in zip(
+            size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)]
+
+    def _composed_weight(self) -> torch.Tensor:
+        coeff: Any = self.coeff
+        with torch.autocast(coeff.weight.device.type, enabled=False):  # the sum over the filters in full precision
+            filters = self.joined_filters()
+            parts = filters.flatten(1).unflatten(0, (coeff.groups, -1))
+            weight = coeff.weight.flatten(1).unflatten(0, (coeff.groups, -1)) @ parts
+            return weight.reshape(-1, *filters.shape[1:])
 
     def _composed(self, x: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.coeff, nn.Conv2d)
-        with torch.autocast(x.device.type, enabled=False):  # the sum over the filters in full precision
-            filters = torch.cat([bank.weight for bank in self.banks()])
-            weight = (self.coeff.weight.flatten(1) @ filters.flatten(1)).view(-1, *filters.shape[1:])
-        return F.conv2d(x, weight, self.coeff.bias, self.stride, self.padding, self.dilation)
+        return self._conv(x, self._composed_weight(), self.coeff.groups, self.coeff.bias)  # type: ignore[arg-type]
+
+    def joined_filters(self) -> torch.Tensor:
+        """The filters of banks of equal groups as one, in the order of the responses."""
+        weights = [bank.weight for bank in self.banks()]
+        # Concatenating the weights is the same function as concatenating the outputs of two convolutions, without
+        # launching one for a handful of filters.
+        return weights[0] if len(weights) == 1 else _join(weights[0], weights[1], self.banks()[0].groups)
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        unique, basis = self.unique, self.basis
-        if unique is None or basis is None:
-            bank = unique if unique is not None else basis
-            assert bank is not None
-            return self._conv(x, bank.weight, bank.groups)
-        if unique.groups == basis.groups:
-            # Concatenating the weights is the same function as concatenating the outputs of two convolutions, without
-            # launching one for a handful of filters.
-            return self._conv(x, _join(unique.weight, basis.weight, basis.groups), basis.groups)
-        return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in (unique, basis)], 1)
+        banks = self.banks()
+        if len({bank.groups for bank in banks}) == 1:
+            return self._conv(x, self.joined_filters(), banks[0].groups)
+        return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in banks], 1)
 
-    def _conv(self, x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+    def _conv(
+            self, x: torch.Tensor, weight: torch.Tensor, groups: int, bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.same_padding:
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     @torch.no_grad()
     def dense_weight_bias(self) -> tuple[torch.Tensor, torch.Tensor | None, int]:
@@ -238,25 +228,27 @@ class SharedBasisConv2d(nn.Module):
             and bias), computed in float64 and returned in the filters' dtype, and the number of groups.
         """
         banks = self.banks()
+        coeff: Any = self.coeff
         dtype = banks[0].weight.dtype
         agree = len({b.groups for b in banks}) == 1
-        groups = banks[0].groups if agree and not isinstance(self.coeff, nn.Conv2d) else 1  # coefficients mix groups
-        weights = [b.weight.detach().double() for b in banks]
+        groups = banks[0].groups if agree else 1
+        if self.has_coefficients:
+            groups = coeff.groups  # coefficients of one group mix the filters of all
         if agree:
-            joined = weights[0] if len(weights) == 1 else _join(weights[0], weights[1], banks[0].groups)
-            weight = ungroup(joined, banks[0].groups, groups)
+            weight = ungroup(self.joined_filters().detach().double(), banks[0].groups, groups)
         else:
-            weight = torch.cat([ungroup(w, b.groups, 1) for w, b in zip(weights, banks, strict=True)])
+            weight = torch.cat([ungroup(b.weight.detach().double(), b.groups, 1) for b in banks])
         bias = None
         if not isinstance(self.bn, nn.Identity):
             scale, bias = bn_scale_shift(self.bn)
             weight = weight * scale[:, None, None, None]
-        if isinstance(self.coeff, nn.Conv2d):
-            mix = self.coeff.weight.double().flatten(1)  # [out, rank]
-            weight = torch.einsum('or,rchw->ochw', mix, weight)
-            bias = mix @ bias if bias is not None else None
-            if self.coeff.bias is not None:
-                own = self.coeff.bias.double()
+        if self.has_coefficients:
+            mix = coeff.weight.double().flatten(1).unflatten(0, (groups, -1))  # [groups, out, rank]
+            weight = torch.einsum('gor,grchw->gochw', mix, weight.unflatten(0, (groups, -1))).flatten(0, 1)
+            if bias is not None:
+                bias = torch.einsum('gor,gr->go', mix, bias.unflatten(0, (groups, -1))).flatten()
+            if coeff.bias is not None:
+                own = coeff.bias.double()
                 bias = own if bias is None else bias + own
         return weight.to(dtype), None if bias is None else bias.to(dtype), groups
 
@@ -269,26 +261,55 @@ class SharedBasisConv2d(nn.Module):
         if not isinstance(self.bn, nn.Identity) and not is_plain_batchnorm(self.bn):
             return self
         weight, bias, groups = self.dense_weight_bias()
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups,
-            bias=bias is not None, device=weight.device, dtype=weight.dtype)
-        conv.weight = nn.Parameter(weight.clone())
+        dense = self._dense_layer(groups, {'bias': bias is not None, 'device': weight.device, 'dtype': weight.dtype})
+        dense.weight = nn.Parameter(weight.clone().view_as(dense.weight))  # type: ignore[arg-type]
         if bias is not None:
-            conv.bias = nn.Parameter(bias)
-        return conv.train(self.training)
+            dense.bias = nn.Parameter(bias)
+        return dense.train(self.training)
+
+    def _dense_layer(self, groups: int, options: dict[str, Any]) -> nn.Module:
+        kind = Conv2dSame if self.same_padding else nn.Conv2d
+        return kind(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups,
+            **options)
 
 
-def init_orthonormal(*banks: FilterBasis) -> None:
-    """Initialize filter banks orthonormal, several banks jointly.
+class SharedBasisLinear(SharedBasisConv2d):
+    """A linear layer of the same form: its filters see one position, which it applies to the last dimension.
 
-    The rows `[sum N, C / groups * k * k]` of all banks become orthonormal; where there are more rows than columns the
-    columns do (semi-orthogonal).
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        basis: The shared filters `[N, in_features, 1, 1]`, or None.
+        unique_rank: Number of filters of this layer alone.
+        **options: `coefficients`, `bias`, `device` and `dtype` of `SharedBasisConv2d`.
+
+    Shape:
+        Input `[..., in_features]`, output `[..., out_features]`.
     """
-    with torch.no_grad():
-        rows = torch.cat([bank.weight for bank in banks])
-        nn.init.orthogonal_(rows)
-        for bank, part in zip(banks, rows.split([bank.num_filters for bank in banks]), strict=True):
-            bank.weight.copy_(part)
+
+    def __init__(
+            self, in_features: int, out_features: int, basis: FilterBasis | None = None, unique_rank: int = 0,
+            **options: Any):
+        super().__init__(in_features, out_features, 1, basis, unique_rank, norm_layer=None, **options)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        coeff: Any = self.coeff
+        if self._is_cheaper_composed(x):
+            return F.linear(x, self._composed_weight().flatten(1), coeff.bias)
+        return F.linear(F.linear(x, self.joined_filters().flatten(1)), coeff.weight.flatten(1), coeff.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out_features, in_features]`"""
+        return self._composed_weight().flatten(1)
+
+    def _places(self, x: torch.Tensor) -> int:
+        return x.numel() // self.in_features
+
+    def _dense_layer(self, groups: int, options: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, **options)
 
 
 def is_plain_batchnorm(module: nn.Module) -> bool:
@@ -309,12 +330,6 @@ def _join(unique: torch.Tensor, shared: torch.Tensor, groups: int) -> torch.Tens
     """The filters of two banks of equal groups as one: unique before shared within each group."""
     parts = [weight.unflatten(0, (groups, -1)) for weight in (unique, shared)]
     return torch.cat(parts, 1).flatten(0, 1)
-
-
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """`Tensor.is_set_to`, which has no meta kernel."""
-    return (a.shape == b.shape and a.storage_offset() == b.storage_offset()
-            and a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def ungroup(weight: torch.Tensor, groups: int, target: int) -> torch.Tensor:

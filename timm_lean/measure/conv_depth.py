@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers import SharedBasisConv2d, SharedBasisLinear
 
 __all__ = ['conv_depth', 'module_depths']
 
@@ -100,7 +100,7 @@ def _trace(model: nn.Module, input_size: Sequence[int] | None, names: Collection
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, SharedBasisConv2d):
+        if isinstance(module, SharedBasisConv2d) and not isinstance(module, SharedBasisLinear):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         if name in names:
             handles.append(module.register_forward_hook(

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers import SharedBasisConv2d, SharedBasisLinear
 
 from .pictures import layer_figure, save_figure
 
@@ -85,10 +85,11 @@ def feature_similarity(
 
 
 def _conv_layers(model: nn.Module) -> dict[str, nn.Module]:
-    inner = {id(m) for layer in model.modules() if isinstance(layer, SharedBasisConv2d) for m in layer.modules()}
+    inner = {id(m) for layer in model.modules() if isinstance(layer, SharedBasisConv2d)
+             for m in layer.modules() if m is not layer}
     layers: dict[str, nn.Module] = {
-        name: m for name, m in model.named_modules()
-        if isinstance(m, SharedBasisConv2d) or (isinstance(m, nn.Conv2d) and id(m) not in inner)}
+        name: m for name, m in model.named_modules() if id(m) not in inner
+        and isinstance(m, (SharedBasisConv2d, nn.Conv2d)) and not isinstance(m, SharedBasisLinear)}
     if not layers:
         raise LeanError(f'Feature similarity needs 2-d convolutions, and {type(model).__name__} has none.')
     return layers

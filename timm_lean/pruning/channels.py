@@ -16,14 +16,15 @@ from timm.layers import EcaModule
 
 from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
-from timm_lean.layers import FilterBasis
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.layers.filter_banks import check_finite, find_filter_banks
 from timm_lean.layers.lean_report import LeanReport, changed_params, hand_over
 from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
-from .graph import build_graph, channel_group, channel_groups, classifier_modules, conv_groups, is_consistent
+from .graph import build_graph, channel_group, channel_groups, conv_groups, is_consistent
 from .importance import SpectralImportance
 from .resize import record_resize
 from .sizes import ModelSizes
@@ -235,7 +236,7 @@ def _score(
             groups.append(_Scored(name, root, parts, values.view(parts, -1).mean(0).cpu().double()))
     if not groups:
         reasons = '; '.join(f'{name}: {why}' for name, why in list(unchanged.items())[:3])
-        shared = any(isinstance(m, FilterBasis) for m in model.modules())
+        shared = any(isinstance(m, SharedBasisConv2d) for m in model.modules())
         hint = (' Layers that share a basis lose the same inputs; one that cannot lose any keeps those of all. Prune '
                 'channels first: prune_channels(), then share().')
         raise LeanError(f'{type(model).__name__} has no channels to prune: '
@@ -286,6 +287,6 @@ def _cut(graph: Any, cuts: list[_Cut], tracker: ChannelTracker) -> _Reasons:
 
 def _widths(model: nn.Module, kept: dict[str, list[int]]) -> tuple[tuple[str, int, int], ...]:
     """Output channels before and after of the layers that lost any."""
-    kinds = (nn.Conv2d, nn.Linear, FilterBasis)
-    before = {name: len(m.weight) for name, m in model.named_modules() if isinstance(m, kinds)}
+    before = {name: m.out_channels if isinstance(m, SharedBasisConv2d) else len(m.weight)
+              for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, SharedBasisConv2d))}
     return tuple((name, before[name], len(kept[name])) for name in before if name in kept)

@@ -23,11 +23,12 @@ from torch.overrides import TorchFunctionMode
 from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.layers.lean_report import LeanReport, hand_over
 from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
-from .graph import build_graph, channel_group, channel_groups, classifier_modules, is_consistent
+from .graph import build_graph, channel_group, channel_groups, is_consistent
 from .resize import record_resize
 from .sizes import ModelSizes
 from .tracker import ChannelTracker
@@ -243,7 +244,8 @@ def _removable(group: Any, inputs: dict[int, _Input]) -> tuple[torch.Tensor, tor
     for item in group:
         module = item.dep.target.module
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.ConvTranspose2d)) or (
-                isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels):
+                isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels) or (
+                isinstance(module, SharedBasisConv2d) and module.banks()[0].groups > 1):
             return torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     for module, idxs, roots in readers:
         unread = torch.stack([~(w != 0).transpose(0, 1).flatten(1).any(1) for w in _weights(module)]).all(0)

@@ -3,8 +3,8 @@
 Paper: `DepGraph: Towards Any Structural Pruning` - https://arxiv.org/abs/2301.12900.
 
 A `SharedBasisConv2d` is one node. Its inputs are the input channels of its filters, so layers that share a basis lose
-the same input channels; that is an extra edge between them. Its outputs are rows of its own coefficients, or, where it
-has none, the shared filters themselves, which again ties the layers.
+the same input channels; that is an extra edge between them. Its outputs are rows of its coefficients, or, where it has
+none, the shared filters themselves; where those are shared that again ties the layers.
 """
 import math
 import warnings
@@ -19,35 +19,44 @@ import torch_pruning as tp
 from torch_pruning.dependency import Dependency
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
 
-__all__ = ['build_graph', 'channel_group', 'channel_groups', 'classifier_modules', 'conv_groups', 'is_consistent']
+__all__ = ['build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent']
 
 _MAX_CHANNELS = 200_000  # of a layer; the most that timm's have are 25,088, the flattened inputs of VGG's classifier
 
 
 class SharedBasisPruner(tp.BasePruningFunc):
-    """How Torch-Pruning removes channels of a `SharedBasisConv2d`; a shared basis is cut by the first of its layers."""
+    """How Torch-Pruning removes channels of a `SharedBasisConv2d`; what is shared is cut by the first of its layers."""
     TARGET_MODULES = SharedBasisConv2d
 
     def prune_out_channels(self, layer: SharedBasisConv2d, idxs: Sequence[int]) -> nn.Module:
         keep = _keep(layer.out_channels, idxs)
         layer.out_channels = len(keep)
-        if isinstance(layer.coeff, nn.Conv2d):
+        if isinstance(layer, SharedBasisLinear):
+            layer.out_features = len(keep)
+        if isinstance(layer.coeff, SharedCoefficients):
+            _cut_filters(layer.coeff.bank, keep)
+            layer.coeff.out_channels = len(keep)
+            if layer.coeff.bias is not None:
+                layer.coeff.bias = _picked(layer.coeff.bias, 0, keep)
+        elif layer.has_coefficients:
             tp.prune_conv_out_channels(layer.coeff, list(idxs))
-            return layer
-        if layer.basis is not None and layer.basis.num_filters != len(keep):
-            _cut(layer.basis, 0, keep)
-            layer.basis.num_filters = len(keep)
-        layer.shared_rank = len(keep)
+        else:
+            assert layer.basis is not None
+            _cut_filters(layer.basis, keep)
+            layer.shared_rank = len(keep)
         return layer
 
     def prune_in_channels(self, layer: SharedBasisConv2d, idxs: Sequence[int]) -> nn.Module:
         keep = _keep(layer.in_channels, idxs)
         layer.in_channels = len(keep)
+        if isinstance(layer, SharedBasisLinear):
+            layer.in_features = len(keep)
         for bank in layer.banks():
             if bank.in_channels != len(keep):
-                _cut(bank, 1, keep)
+                # the parts of a grouped layer lose the same of their channels, see `conv_groups`
+                bank.weight = _picked(bank.weight, 1, keep[:len(keep) // bank.groups])
                 bank.in_channels = len(keep)
         return layer
 
@@ -63,9 +72,14 @@ def _keep(count: int, idxs: Sequence[int]) -> list[int]:
     return [i for i in range(count) if i not in gone]
 
 
-def _cut(bank: FilterBasis, dim: int, keep: list[int]) -> None:
-    index = torch.tensor(keep, device=bank.weight.device)
-    bank.weight = nn.Parameter(bank.weight.detach().index_select(dim, index), bank.weight.requires_grad)
+def _cut_filters(bank: FilterBasis, keep: list[int]) -> None:
+    if bank.num_filters != len(keep):
+        bank.weight = _picked(bank.weight, 0, keep)
+        bank.num_filters = len(keep)
+
+
+def _picked(old: nn.Parameter, dim: int, keep: list[int]) -> nn.Parameter:
+    return nn.Parameter(old.detach().index_select(dim, torch.tensor(keep, device=old.device)), old.requires_grad)
 
 
 class _OneNode(torch.autograd.Function):
@@ -73,8 +87,9 @@ class _OneNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: SharedBasisConv2d) -> torch.Tensor:
-        height, width = (-(-n // s) for n, s in zip(x.shape[2:], layer.stride, strict=True))
-        return x.new_zeros(len(x), layer.out_channels, height, width)
+        if isinstance(layer, SharedBasisLinear):
+            return x.new_zeros(*x.shape[:-1], layer.out_channels)
+        return x.new_zeros(len(x), layer.out_channels, *layer.output_size(x.shape[2:]))
 
 
 @contextmanager
@@ -95,9 +110,9 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
         LeanError: The model cannot be traced, or has grouped shared bases.
     """
     shared = [m for m in model.modules() if isinstance(m, SharedBasisConv2d)]
-    for layer in shared:
-        if any(bank.groups > 1 for bank in layer.banks()):
-            raise LeanError('Channels of grouped shared bases cannot be pruned.')
+    if not all(map(_is_followed, shared)):
+        raise LeanError('Channels of grouped shared bases cannot be pruned where their groups are not those of the '
+                        'coefficients. Prune channels first, then share.')
     pruner = SharedBasisPruner()
     for p in model.parameters():
         p.requires_grad_(True)
@@ -105,27 +120,45 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
         with torch.enable_grad(), warnings.catch_warnings(), _one_node_each(shared):
             warnings.simplefilter('ignore')
             graph = tp.DependencyGraph().build_dependency(
-                model.eval(), example_inputs, customized_pruners={SharedBasisConv2d: pruner}, verbose=False)
+                model.eval(), example_inputs, verbose=False,
+                customized_pruners={SharedBasisConv2d: pruner, SharedBasisLinear: pruner})
     except LeanError:
         raise
     except Exception as e:  # tracing runs the model's own code and Torch-Pruning's assumptions about it
         raise LeanError(f'Torch-Pruning cannot trace {type(model).__name__} with an input of shape '
                         f'{list(getattr(example_inputs, "shape", []))}: {type(e).__name__}: '
                         f'{str(e).partition(chr(10))[0][:200]}') from e
-    by_basis: dict[int, list[SharedBasisConv2d]] = {}
-    for layer in shared:
-        if layer.basis is not None and layer in graph.module2node:
-            by_basis.setdefault(id(layer.basis), []).append(layer)
-    for layers in by_basis.values():
-        ties = [pruner.prune_in_channels]
-        if not isinstance(layers[0].coeff, nn.Conv2d):
-            ties.append(pruner.prune_out_channels)
-        for a, b in pairwise(layers):
-            for source, target in ((a, b), (b, a)):
-                node = graph.module2node[source]
-                node.dependencies += [
-                    Dependency(trigger=fn, handler=fn, source=node, target=graph.module2node[target]) for fn in ties]
+    for a, b, function in _ties([layer for layer in shared if layer in graph.module2node], pruner):
+        for source, target in ((a, b), (b, a)):
+            node = graph.module2node[source]
+            node.dependencies.append(
+                Dependency(trigger=function, handler=function, source=node, target=graph.module2node[target]))
     return graph
+
+
+def _is_followed(layer: SharedBasisConv2d) -> bool:
+    """Whether it is known which channels of a layer belong together."""
+    groups = {bank.groups for bank in layer.banks()}
+    return groups == {1} or (layer.has_coefficients and groups == {layer.coeff.groups})
+
+
+def _ties(
+        layers: Sequence[SharedBasisConv2d], pruner: SharedBasisPruner,
+) -> Iterator[tuple[SharedBasisConv2d, SharedBasisConv2d, Any]]:
+    """Pairs of layers that lose the same input or output channels because they share what has them."""
+    inputs: dict[int, list[SharedBasisConv2d]] = {}
+    outputs: dict[int, list[SharedBasisConv2d]] = {}
+    for layer in layers:
+        if layer.basis is not None:
+            inputs.setdefault(id(layer.basis), []).append(layer)
+        if isinstance(layer.coeff, SharedCoefficients):
+            outputs.setdefault(id(layer.coeff.bank), []).append(layer)
+        elif not layer.has_coefficients:
+            outputs.setdefault(id(layer.basis), []).append(layer)
+    for found, function in ((inputs, pruner.prune_in_channels), (outputs, pruner.prune_out_channels)):
+        for tied in found.values():
+            for a, b in pairwise(tied):
+                yield a, b, function
 
 
 class _Group(tp.Group):
@@ -191,6 +224,8 @@ def conv_groups(group: Any) -> int:
 def _parts(module: Any) -> int:
     if isinstance(module, nn.Conv2d) and module.groups < module.out_channels:
         return module.groups
+    if isinstance(module, SharedBasisConv2d):
+        return module.banks()[0].groups
     return module.num_groups if isinstance(module, nn.GroupNorm) else 1
 
 
@@ -212,11 +247,3 @@ def is_consistent(group: Any) -> bool:
         if sorted(set(idxs)) != list(range(count)) if whole else max(idxs, default=0) >= count:
             return False
     return True
-
-
-def classifier_modules(model: nn.Module) -> list[nn.Module]:
-    """The classifier of a timm model, whose outputs are classes and no channels."""
-    get = getattr(model, 'get_classifier', None)
-    head = get() if callable(get) else None
-    heads = head if isinstance(head, (tuple, list)) else [head]
-    return [m for h in heads if isinstance(h, nn.Module) for m in h.modules()]

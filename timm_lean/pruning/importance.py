@@ -97,9 +97,14 @@ class SpectralImportance(tp.importance.GroupMagnitudeImportance):
         return scores.view(layer.groups, -1, scores.shape[1]).sum(1).flatten()
 
     def _shared_values(self, layer: SharedBasisConv2d, is_out: bool) -> torch.Tensor:
-        if is_out and isinstance(layer.coeff, nn.Conv2d):
-            return self._scores(layer.coeff.weight).sum(1)
-        return torch.cat([self._scores(bank.weight) for bank in layer.banks()]).sum(1 if is_out else 0)
+        if is_out and layer.has_coefficients:
+            weight: Any = layer.coeff.weight
+            return self._scores(weight).sum(1)
+        scores = [self._scores(bank.weight) for bank in layer.banks()]
+        if is_out:
+            return torch.cat(scores).sum(1)
+        groups = layer.banks()[0].groups
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in scores], 1).sum(1).flatten()
 
     def _scores(self, weight: torch.Tensor) -> torch.Tensor:
         return kernel_scores(weight, self.criterion)

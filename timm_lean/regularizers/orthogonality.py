@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.layers import FilterBasis, SharedBasisConv2d
+from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedCoefficients
 from timm_lean.layers.filter_banks import FilterBank
 from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.shared_basis import ungroup
@@ -63,7 +63,7 @@ class BasisOrtho(Regularizer):
         groups: dict[str, dict[int, _Group]] = defaultdict(lambda: defaultdict(_Group))
         lonely: dict[int, _Group] = defaultdict(_Group)
         for layer in model.modules():
-            if not isinstance(layer, SharedBasisConv2d):
+            if not isinstance(layer, SharedBasisConv2d) or isinstance(layer.coeff, SharedCoefficients):
                 continue
             if layer.basis is not None:
                 group = groups[layer.basis.kind][layer.basis.stage]

@@ -1,25 +1,28 @@
 """`share`: the network with bases in the place of its convolutions, and the values that make it the nearest to it."""
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from timm_lean.calibration import Calibration, calibrate, insert_norms, output_spectra
+from timm_lean.calibration import Calibration, calibrate, insert_norms
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
+from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear
 from timm_lean.layers.lean_report import changed_params, hand_over
 from timm_lean.layers.patterns import Patterns
 from timm_lean.layers.precision import check_float32
-from timm_lean.layers.shared_basis import FilterBasis, SharedBasisConv2d
 from timm_lean.measure import count_params
 
 from .groups import Group, find_groups
-from .ranks import rank_for_energy, ranks_for_budget
+from .kinds import factorized, shape_of, why_not
+from .ranks import choose_form, rank_for_energy, rank_for_params, ranks_for_budget, reachable
 from .report import LayerShare, ShareReport
+from .spectra import output_spectra, weight_spectra
 
-__all__ = ['share']
+__all__ = ['share', 'shareable_range']
 
 
 def share(
@@ -33,19 +36,22 @@ def share(
         stages: Sequence[int] | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
+        alone: bool | None = None,
+        classifier: bool = False,
         example_input: torch.Tensor | None = None,
         bn: bool = False,
         calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Convert a network's convolutions to bases shared by those of one shape in one stage.
+    """Convert a network's layers to factors shared by those of one shape in one stage.
 
-    Plain convolutions with square kernels larger than 1 x 1 are converted, two or more at a time. Left alone are
-    1 x 1, grouped and depthwise convolutions and kinds that compute their weights (weight standardization).
-    Give exactly one of `shared_rank`, `energy` and `params`.
+    Convolutions with square kernels, 1 x 1 and grouped ones too, and linear layers are converted. Depthwise
+    convolutions stay as they are. Layers of 1 x 1 share filters or what combines filters, whichever saves more; grouped
+    convolutions a basis for each group. Where factors of layers that are 1 x 1, linear, grouped or without a partner
+    would be no smaller, they stay. Give exactly one of `shared_rank`, `energy` and `params`.
 
     Args:
         model: The trained network; it is not changed.
-        shared_rank: Filters of every basis, at most the rank of its group.
+        shared_rank: Filters of every basis (for each group of a grouped convolution), at most the rank of its layers.
         energy: Share of each group's squared norm that the shared basis keeps at least, in (0, 1].
         params: Parameters of the result as a share of the original's, in (0, 1]; met within 3 points. Ranks go where a
             parameter raises the product of the layers' energies most.
@@ -53,8 +59,10 @@ def share(
         dual: One basis for the first convolutions of the blocks and another for the second: convolutions share only
             with those of the same name in their block.
         stages: Stages to convert, numbered as timm's feature levels (a ResNet's stem is 0); all if None.
-        include: Shell patterns on the names of convolutions to convert, a list or joined by `|`; all if None.
+        include: Shell patterns on the names of layers to convert, a list or joined by `|`; all if None.
         exclude: Patterns of those to leave alone.
+        alone: Factorize layers that have no other of their shape in their stage too; with `shared_rank` only if True.
+        classifier: Convert the classifier too.
         example_input: Images `[B, C, H, W]` to measure output errors on.
         bn: Put a batch norm between filters and coefficients, as the paper's networks have. It changes nothing at
             first: its weight and bias undo its statistics. In training mode that holds as far as the statistics of a
@@ -73,27 +81,20 @@ def share(
     if bn and calibration is None:
         raise LeanError('bn=True needs calibration=LOADER: the batch norms get their statistics from its images.')
     check_float32(model, 'share')
-    groups = find_groups(model, dual, stages, include, exclude)
+    before = count_params(model)
+    alone = shared_rank is None if alone is None else alone
+    groups, left = find_groups(model, dual, stages, include, exclude, alone, classifier)
     if calibration is not None:
         calibration = Calibration.of(calibration).hold()
-        for group, spectrum in zip(groups, output_spectra(model, [g.names for g in groups], calibration), strict=True):
-            group.singular = spectrum
-    before = count_params(model)
-    if params is not None:
-        ranks = ranks_for_budget(groups, params, before, unique_rank, bn)
-    elif energy is not None:
-        ranks = [rank_for_energy(group.singular, energy) for group in groups]
-    else:
-        assert shared_rank is not None
-        ranks = [min(shared_rank, group.full_rank) for group in groups]
+    size = _Size(shared_rank, energy, params, unique_rank, bn)
+    chosen = _choose(model, groups, left, size, before, calibration)
     plan: list[dict[str, Any]] = [{
         'layers': group.names, 'shared_rank': rank, 'unique_rank': group.unique(rank, unique_rank),
-        'stage': group.stage, 'kind': group.kind, **({'bn': True} if bn else {})}
-        for group, rank in zip(groups, ranks, strict=True)]
+        'stage': group.stage, 'kind': group.kind, **({'bn': True} if bn else {}),
+        **({'form': group.form} if group.form != 'rows' else {})} for group, rank in chosen]
     new = deepcopy(model)
     _restructure(new, plan)
-    layers = [layer for index, (group, rank) in enumerate(zip(groups, ranks, strict=True))
-              for layer in _fill(new, group, rank, index)]
+    layers = [layer for index, (group, rank) in enumerate(chosen) for layer in _fill(new, group, rank, index)]
     if calibration is not None:
         new = calibrate(new, model, calibration)
         if bn:
@@ -101,8 +102,64 @@ def share(
     error = None if example_input is None else _measure(model, new, example_input, layers)
     record_step(new, 'share', groups=plan)
     report = ShareReport(params=(before, count_params(new)), touched=changed_params(model, new), layers=tuple(layers),
-                         output_error=error)
+                         output_error=error, left=left)
     return hand_over(new, report, 'Sharing')
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How small the factors should be, see `share`."""
+    shared_rank: int | None
+    energy: float | None
+    params: float | None
+    unique_rank: int
+    bn: bool
+
+
+def _choose(
+        model: nn.Module, groups: list[Group], left: dict[str, str], size: _Size, before: int,
+        images: Calibration | None,
+) -> list[tuple[Group, int]]:
+    """The groups to convert, of what rank each; why the layers of the others stay is added to `left`."""
+    if size.energy is not None and size.energy >= 1:  # factors of full rank are no smaller than what they multiply to
+        left |= {name: 'factors would be no smaller' for group in groups if group.must_pay for name in group.names}
+        groups = [group for group in groups if not group.must_pay]
+    if images is not None:
+        output_spectra(groups, model, images)
+    else:
+        for group in groups:
+            weight_spectra(group)
+    for group in groups:
+        count = len(group.kept['rows'])
+        rank = rank_for_params(group, size.params) if size.params is not None else min(size.shared_rank or 1, count)
+        choose_form(group, float(group.kept['rows'][rank - 1]) if size.energy is None else size.energy)
+    ranks: Sequence[int | None]
+    if size.params is not None:
+        ranks = ranks_for_budget(groups, size.params, before, size.unique_rank, size.bn)
+    elif size.energy is not None:
+        ranks = [rank_for_energy(group.kept[group.form], size.energy) for group in groups]
+    else:
+        assert size.shared_rank is not None
+        ranks = [min(size.shared_rank, group.full_rank) for group in groups]
+    chosen = [(group, rank) for group, rank in zip(groups, ranks, strict=True) if rank is not None
+              and not (group.must_pay and group.cost(rank, size.unique_rank, size.bn) >= group.dense)]
+    if not chosen and size.params is None:
+        raise LeanError(f'No factors of {type(model).__name__} would be smaller than its layers at this '
+                        f'{"rank" if size.energy is None else "energy"}: ask for less.')
+    converted = {name for group, _ in chosen for name in group.names}
+    reason = 'factors would be no smaller' if size.params is None else 'kept whole by the budget'
+    left |= {name: reason for group in groups for name in group.names if name not in converted}
+    return chosen
+
+
+def shareable_range(model: nn.Module, *, classifier: bool = False) -> tuple[float, float]:
+    """The least and the most parameters that `share` can leave of a network, as shares of what it has.
+
+    Raises:
+        LeanError: The network has no layers that could be converted.
+    """
+    groups, _ = find_groups(model, False, None, None, None, alone=True, classifier=classifier)
+    return reachable(groups, count_params(model))
 
 
 @register_step('share')
@@ -130,66 +187,87 @@ def _check(shared_rank: Any, energy: Any, params: Any, unique_rank: Any) -> None
 
 
 def _restructure(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Replace convolutions by shared ones, values left to chance."""
+    """Replace layers by factorized ones, values left to chance."""
     for group in plan:
-        basis = None
+        basis = coefficients = None
+        rank = group['shared_rank']
         for name in group['layers']:
-            conv = model.get_submodule(name)
-            if type(conv) is not nn.Conv2d:
-                raise LeanError(f"The recipe step 'share' does not fit this network: {name} is no plain convolution.")
-            dd: dict[str, Any] = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
-            size = conv.kernel_size[0]
-            if basis is None:
-                basis = FilterBasis(
-                    group['shared_rank'], conv.in_channels, size, stage=group['stage'], kind=group['kind'], **dd)
-            layer = SharedBasisConv2d(
-                conv.in_channels, conv.out_channels, size, basis, group['unique_rank'], stride=conv.stride[0],
-                norm_layer=None,
-                padding=int(conv.padding[0]), dilation=conv.dilation[0],
-                bias=conv.bias is not None, **dd)
-            if conv.bias is not None:
-                layer.coeff.bias = conv.bias
-            layer.train(conv.training)
+            layer: Any = model.get_submodule(name)
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or why_not(layer):
+                raise LeanError(f"The recipe step 'share' does not fit this network: {name} is no plain convolution or "
+                                'linear layer.')
+            inputs, outputs, side, parts = shape_of(layer)
+            dd: dict[str, Any] = {'device': layer.weight.device, 'dtype': layer.weight.dtype}
+            dd.update(stage=group['stage'], kind=group['kind'])
+            if group.get('form') == 'columns':
+                coefficients = coefficients or FilterBasis(outputs, rank, 1, **dd)
+                new = factorized(layer, None, coefficients, rank)
+            else:
+                basis = basis or FilterBasis(rank * parts, inputs, side, parts, **dd)
+                new = factorized(layer, basis, True, group['unique_rank'] * parts)
             parent, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(parent), leaf, layer)
+            setattr(model.get_submodule(parent), leaf, new)
 
 
 def _add_norms(model: nn.Module, plan: list[dict[str, Any]]) -> list[str]:
     """Put a new batch norm between filters and coefficients where the plan says so; returns their names."""
-    names = [name for group in plan if group.get('bn') for name in group['layers']]
+    names = [name for group in plan if group.get('bn') for name in group['layers']
+             if not isinstance(model.get_submodule(name), SharedBasisLinear)]
     for name in names:
         layer: Any = model.get_submodule(name)
-        mix = layer.coeff.weight
-        layer.bn = nn.BatchNorm2d(mix.shape[1], device=mix.device, dtype=mix.dtype).train(layer.training)
+        weight = layer.coeff.weight
+        layer.bn = nn.BatchNorm2d(
+            layer.coeff.in_channels, device=weight.device, dtype=weight.dtype).train(layer.training)
     return [f'{name}.bn' for name in names]
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, group: Group, rank: int, index: int) -> list[LayerShare]:
-    """Write basis, unique filters and coefficients of one group."""
-    basis = group.basis[:rank]
+    """Write the factors of one group."""
+    # orthonormal columns, `[parts, d, rank]` or `[parts, out, rank]`
+    leading = torch.linalg.qr(group.leading[group.form](rank).mT)[0]
     reports = []
-    for name, rows in zip(group.names, group.rows, strict=True):
+    for name, weight in zip(group.names, group.weights, strict=True):
         layer: Any = model.get_submodule(name)
-        layer.basis.weight.copy_(basis.view_as(layer.basis.weight))
-        rest = rows - rows @ basis.T @ basis
-        filters = basis
-        if layer.unique is not None:
-            unique = _leading_directions(rest, basis, layer.unique_rank)
-            layer.unique.weight.copy_(unique.view_as(layer.unique.weight))
-            filters = torch.cat([unique, basis])
-        mix = rows @ filters.T
-        layer.coeff.weight.copy_(mix[:, :, None, None])
-        lost = (rows - mix @ filters).square().sum() / rows.square().sum().clamp_min(1e-30)
-        reports.append(LayerShare(name, index, rank, layer.unique_rank, 1 - float(lost)))
+        weight = weight.double()
+        if group.form == 'columns':
+            product = leading @ _fill_columns(layer, weight, leading)
+        else:
+            product = _fill_rows(layer, weight, leading.mT)
+        lost = (weight - product).square().sum() / weight.square().sum().clamp_min(1e-30)
+        unique = 0 if group.form == 'columns' else layer.unique_rank // group.parts
+        reports.append(LayerShare(name, index, rank, unique, 1 - float(lost), form=group.form))
     return reports
+
+
+def _fill_rows(layer: SharedBasisConv2d, weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Basis `[parts, rank, d]`, unique filters and coefficients; returns the weight they give."""
+    assert layer.basis is not None
+    layer.basis.weight.copy_(basis.reshape(layer.basis.weight.shape))
+    filters = basis
+    if layer.unique is not None:
+        rest = weight - weight @ basis.mT @ basis
+        unique = _leading_directions(rest, basis, layer.unique_rank // len(basis))
+        layer.unique.weight.copy_(unique.reshape(layer.unique.weight.shape))
+        filters = torch.cat([unique, basis], 1)
+    mix = weight @ filters.mT
+    layer.coeff.weight.copy_(mix.reshape(layer.coeff.weight.shape))  # type: ignore[operator, arg-type]
+    return mix @ filters
+
+
+def _fill_columns(layer: Any, weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Shared coefficients `[1, out, rank]` and the layer's filters for them, which are returned."""
+    layer.coeff.bank.weight.copy_(columns.view_as(layer.coeff.bank.weight))
+    filters = columns.mT @ weight
+    layer.unique.weight.copy_(filters.view_as(layer.unique.weight))
+    return filters
 
 
 def _leading_directions(rest: torch.Tensor, basis: torch.Tensor, count: int) -> torch.Tensor:
     """The residual's `count` leading right-singular vectors, orthogonal to the basis even where it has vanished."""
-    directions = torch.linalg.svd(rest, full_matrices=False)[2][:count]
-    joint = torch.linalg.qr(torch.cat([basis, directions]).T)[0].T
-    return joint[len(basis):]
+    directions = torch.linalg.svd(rest, full_matrices=False)[2][:, :count]
+    joint = torch.linalg.qr(torch.cat([basis, directions], 1).mT)[0].mT
+    return joint[:, basis.shape[1]:]
 
 
 @torch.no_grad()

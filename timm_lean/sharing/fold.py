@@ -88,7 +88,7 @@ def _fold(model: nn.Module, layers: Sequence[str]) -> tuple[nn.Module, FoldRepor
             if full_name not in layers:
                 continue
             conv = layer.fuse()
-            if not isinstance(conv, nn.Conv2d):
+            if isinstance(conv, SharedBasisConv2d):
                 left.append(full_name)
                 continue
             setattr(parent, name, conv)
@@ -122,9 +122,9 @@ def _single_followers(parent: nn.Module) -> dict[str, str]:
     }
 
 
-def _absorb_batchnorm(parent: nn.Module, conv: nn.Conv2d, follower: str | None) -> bool:
+def _absorb_batchnorm(parent: nn.Module, conv: nn.Module, follower: str | None) -> bool:
     """Scale a convolution by the BN behind it and take the BN out; False if there is none to absorb."""
-    if follower is None:
+    if follower is None or not isinstance(conv, nn.Conv2d):
         return False
     owner, name = parent, follower
     module = parent.get_submodule(follower)

@@ -1,7 +1,7 @@
-"""Which convolutions of a network can share a basis, and the spectrum of their stacked filters."""
+"""Which layers of a network can share a factor of their weights."""
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,87 +9,177 @@ import torch.nn as nn
 
 from timm_lean.checkpoint.recipe import has_step
 from timm_lean.errors import LeanError
+from timm_lean.layers import SharedBasisConv2d
+from timm_lean.layers.classifier import classifier_modules
 from timm_lean.layers.patterns import Patterns, match_names
+from timm_lean.layers.standardized import dense_weight
+
+from .kinds import shape_of, why_not
 
 __all__ = ['Group', 'find_groups']
 
 
 @dataclass
 class Group:
-    """Convolutions that can share one basis, with the spectrum of their stacked filters."""
+    """Layers of one shape whose weights are written as products, one factor of which they share.
+
+    By rows, `W_l = C_l B`, the layers share the filters `B`; by columns, `W_l = C B_l`, what combines their filters. In
+    grouped convolutions that holds for each group of channels by itself.
+
+    Attributes:
+        stage: The stage of the layers.
+        kind: Their shape in words; tells the groups of a stage apart.
+        names: Their names. One layer alone shares with nobody: its weight is an ordinary product.
+        weights: Their weights, `[parts, out / parts, d]` each, `d` the inputs of one filter.
+        kernel_size: Side of the kernels.
+        linear: Whether they are linear layers.
+        dense: Parameters of the layers that the factors take the place of.
+        form: 'rows' or 'columns'.
+        kept: For each form the share of energy that the first factors keep, `[full rank]`; see `spectra`.
+        leading: For each form what gives the factors that keep it: from a rank to `[parts, rank, d]` by rows, and to
+            `[parts, rank, out / parts]` by columns.
+    """
     stage: int
     kind: str
     names: list[str]
-    in_channels: int
-    out_channels: int
+    weights: list[torch.Tensor]
     kernel_size: int
-    rows: torch.Tensor  # [layers, out, in * k * k], float64
-    singular: torch.Tensor
-    basis: torch.Tensor  # [full rank, in * k * k], rows orthonormal
+    linear: bool
+    dense: int
+    form: str = 'rows'
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    leading: dict[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def full_rank(self) -> int:
-        return len(self.singular)
+    def parts(self) -> int:
+        """Groups of the convolutions."""
+        return self.weights[0].shape[0]
+
+    @property
+    def out(self) -> int:
+        """Outputs of one part."""
+        return self.weights[0].shape[1]
 
     @property
     def dim(self) -> int:
-        return self.rows.shape[2]
+        """Inputs of one filter."""
+        return self.weights[0].shape[2]
 
-    def unique(self, rank: int, wanted: int) -> int:
+    @property
+    def forms(self) -> list[str]:
+        """The forms that come into question."""
+        pointwise = self.kernel_size == 1 and self.parts == 1 and len(self.names) > 1
+        return ['rows', 'columns'] if pointwise else ['rows']
+
+    @property
+    def must_pay(self) -> bool:
+        """Whether the layers stay as they are where factors are no smaller; k x k convolutions share all the same."""
+        return len(self.names) == 1 or self.kernel_size == 1 or self.parts > 1
+
+    @property
+    def full_rank(self) -> int:
+        return len(self.kept[self.form])
+
+    def unique(self, rank: int, wanted: int, form: str = '') -> int:
         """Unique filters that can still find a direction beside `rank` shared ones."""
-        return max(min(wanted, self.out_channels, self.dim - rank), 0)
+        if (form or self.form) == 'columns' or len(self.names) == 1:
+            return 0
+        return max(min(wanted, self.out, self.dim - rank), 0)
 
-    def cost(self, rank: int, wanted: int, bn: bool = False) -> int:
-        """Weights of basis, unique filters, coefficients and the batch norms between."""
-        layers, unique = len(self.names), self.unique(rank, wanted)
-        return rank * self.dim + layers * (unique * self.dim + (self.out_channels + 2 * bn) * (rank + unique))
+    def cost(self, rank: int, wanted: int, bn: bool = False, form: str = '') -> int:
+        """Parameters of the factors and the batch norms between, `rank` and `wanted` filters for each part."""
+        form = form or self.form
+        layers, unique = len(self.names), self.unique(rank, wanted, form)
+        norms = 2 * (bn and not self.linear)
+        if form == 'columns':
+            return rank * self.out + layers * rank * (self.dim + norms)
+        own = unique * self.dim + (self.out + norms) * (rank + unique)
+        return self.parts * (rank * self.dim + layers * own)
 
 
 def find_groups(
         model: nn.Module, dual: bool, stages: Sequence[int] | None, include: Patterns, exclude: Patterns,
-) -> list[Group]:
-    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    stage_of = _stage_index(model)
-    convs = {n: m for n, m in model.named_modules() if _is_shareable(m)}
-    wanted, unwanted = (match_names(patterns, list(convs), 'share', option, 'convolution that could share')
+        alone: bool, classifier: bool,
+) -> tuple[list[Group], dict[str, str]]:
+    """The groups, and why the other layers that hold weights are in none.
+
+    Raises:
+        LeanError: There is no group, or weights that cannot be shared.
+    """
+    layers, left = _candidates(model, classifier)
+    wanted, unwanted = (match_names(patterns, list(layers), 'share', option, 'layer that could share')
                         for option, patterns in (('include', include), ('exclude', exclude)))
+    stage_of = _stage_index(model)
     found: dict[tuple, list[str]] = defaultdict(list)
-    for name, conv in convs.items():
+    for name, layer in layers.items():
         stage = stage_of(name)
-        if (places[id(conv)] > 1 or uses[id(conv.weight)] > 1 or (stages is not None and stage not in stages)
-                or (include is not None and name not in wanted) or name in unwanted):
+        if (stages is not None and stage not in stages) or (include is not None and name not in wanted) or (
+                name in unwanted):
+            left[name] = 'left out'
             continue
         leaf = name.rpartition('.')[2] if dual else ''
-        found[stage, conv.in_channels, conv.out_channels, conv.kernel_size[0], leaf].append(name)
+        key = (stage, *shape_of(layer), isinstance(layer, nn.Linear), leaf)
+        found[key].append(name)
     groups = []
-    for (stage, in_chs, out_chs, k, leaf), names in found.items():
-        if len(names) < 2:
+    for (stage, inputs, outputs, side, parts, linear, leaf), names in found.items():
+        if len(names) == 1 and not alone:
+            left[names[0]] = 'no other layer of its shape in its stage'
             continue
-        rows = torch.stack([convs[n].weight.detach().double().flatten(1) for n in names])
-        if has_step(model, 'prune_kernels') and not all((convs[n].weight != 0).flatten(2).any(2).all() for n in names):
-            raise LeanError(f'The kernels of {names[0]} and its group have been pruned, and a shared basis would fill '
-                            'them in. Share first and prune the shared network: share(), then prune_kernels(). Or '
-                            'leave the pruned layers alone by exclude.')
-        if not rows.isfinite().all():
-            raise LeanError(f'The weights of {names[0]} and its group hold values that are not finite.')
-        _, singular, basis = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
         # bases of one kind are orthogonal to each other in `basis_ortho`; those of two groups here need not be
-        kind = f'{in_chs}-{out_chs}-{k}' + (f'-{leaf}' if leaf else '')
-        groups.append(Group(stage, kind, names, in_chs, out_chs, k, rows, singular, basis))
+        kind = '-'.join([f'{inputs}-{outputs}-{side}', *([f'g{parts}'] if parts > 1 else []),
+                         *(['linear'] if linear else []), *([leaf] if leaf else [])])
+        group = Group(stage, kind, names, [_weight(model, n) for n in names], side, linear,
+                      sum(_parameters(layers[n]) for n in names))
+        if group.must_pay and group.cost(1, 0) >= group.dense:
+            left.update(dict.fromkeys(names, 'too small'))
+            continue
+        groups.append(group)
     if not groups:
         chosen = stages is not None or include is not None or exclude is not None
         where = ' that stages, include and exclude leave' if chosen else ''
-        raise LeanError(f'{type(model).__name__} has no two plain k x k convolutions (k > 1, not grouped) of one shape '
-                        f'in one stage{where}: there is nothing to share.')
-    return groups
+        raise LeanError(f'{type(model).__name__} has no two layers of one shape in one stage{where} that could share: '
+                        'there is nothing to share.')
+    return groups, left
 
 
-def _is_shareable(module: nn.Module) -> bool:
-    # the exact type: subclasses compute their weight or their padding at run time
-    return (type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == 'zeros'
-            and not isinstance(module.padding, str) and module.kernel_size[0] > 1
-            and all(a == b for a, b in (module.kernel_size, module.stride, module.padding, module.dilation)))
+def _candidates(model: nn.Module, classifier: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Layers that could be factorized, and why others could not."""
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    heads = set() if classifier else set(classifier_modules(model))
+    shared = tuple(n + '.' for n, m in model.named_modules() if isinstance(m, SharedBasisConv2d))
+    layers, left = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or name.startswith(shared):
+            continue
+        reason = 'classifier' if module in heads else why_not(module)
+        if not reason and (places[id(module)] > 1 or uses[id(module.weight)] > 1):
+            reason = 'used in several places'
+        if reason:
+            left[name] = reason
+        else:
+            layers[name] = module
+    return layers, left
+
+
+def _weight(model: nn.Module, name: str) -> torch.Tensor:
+    layer: Any = model.get_submodule(name)
+    weight = dense_weight(layer)
+    parts = shape_of(layer)[3]
+    if weight.is_meta:  # asked for the sizes alone
+        return weight.flatten(1).unflatten(0, (parts, -1))
+    if has_step(model, 'prune_kernels') and not bool((layer.weight != 0).flatten(2).any(2).all()):
+        raise LeanError(f'The kernels of {name} and its group have been pruned, and a shared basis would fill them in. '
+                        'Share first and prune the shared network: share(), then prune_kernels(). Or leave the pruned '
+                        'layers alone by exclude.')
+    if not weight.isfinite().all():
+        raise LeanError(f'The weights of {name} and its group hold values that are not finite.')
+    return weight.flatten(1).unflatten(0, (parts, -1))
+
+
+def _parameters(layer: nn.Module) -> int:
+    """Parameters of a layer but its bias, which stays."""
+    return sum(p.numel() for name, p in layer.named_parameters(recurse=False) if name != 'bias')
 
 
 def _stage_index(model: nn.Module) -> Any:

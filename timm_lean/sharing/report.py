@@ -1,5 +1,6 @@
 """What a conversion did, layer by layer."""
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from timm_lean.layers.lean_report import LeanReport
 
@@ -8,15 +9,16 @@ __all__ = ['LayerShare', 'ShareReport']
 
 @dataclass
 class LayerShare:
-    """One converted convolution.
+    """One converted layer.
 
     Attributes:
         name: Its name in the model.
         group: Index of its group.
-        shared_rank: Filters of the basis it uses.
-        unique_rank: Filters of its own.
+        shared_rank: Rank of the factor it shares; in grouped convolutions that of each group.
+        unique_rank: Further filters of its own.
         energy: Share of its weight's squared norm that is kept.
         output_error: `||y - y'|| / ||y||` of its output for the example input; None without one.
+        form: 'rows' if the filters are shared, 'columns' if what combines them is.
     """
     name: str
     group: int
@@ -24,6 +26,7 @@ class LayerShare:
     unique_rank: int
     energy: float
     output_error: float | None = None
+    form: str = 'rows'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +34,23 @@ class ShareReport(LeanReport):
     """What `share` did.
 
     Attributes:
-        layers: The converted convolutions.
+        layers: The converted layers.
         output_error: Relative error of the network's output in eval mode for the example input; None without one.
+        left: Why other convolutions and linear layers stay as they are, by name.
     """
     layers: tuple[LayerShare, ...]
     output_error: float | None = None
+    left: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f'{"layer":{width}}  group  shared  unique  energy kept  output error']
+        lines = [f'{"layer":{width}}  group  factor   shared  unique  energy kept  output error']
         for la in self.layers:
             error = '-' if la.output_error is None else f'{la.output_error:.4f}'
-            lines.append(f'{la.name:{width}}  {la.group:5}  {la.shared_rank:6}  {la.unique_rank:6}  '
+            lines.append(f'{la.name:{width}}  {la.group:5}  {la.form:7}  {la.shared_rank:6}  {la.unique_rank:6}  '
                          f'{100 * la.energy:9.2f} %  {error:>12}')
         lines += super().lines()
         if self.output_error is not None:
             lines.append(f'relative error of the output {self.output_error:.4f}')
+        lines += [f'left as they are: {count} ({reason})' for reason, count in Counter(self.left.values()).items()]
         return lines
