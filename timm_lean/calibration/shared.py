@@ -96,7 +96,8 @@ def whitened(grams: Sequence[torch.Tensor], originals: Sequence[torch.Tensor]) -
     """
     mean = torch.zeros_like(grams[0])
     for gram, rows in zip(grams, originals, strict=True):
-        mean += gram / float((rows @ gram * rows).sum().clamp_min(1e-30)) / len(grams)
+        least = 1e-6 * rows.square().sum() * gram.diagonal().abs().mean()  # of what is nearly constant, all is rounding
+        mean += gram / float((rows @ gram * rows).sum().clamp_min(least).clamp_min(1e-30)) / len(grams)
     lower = _cholesky(mean)
     scaled = [rows @ lower for rows in originals]
     return torch.cat([rows / rows.norm().clamp_min(1e-30) for rows in scaled]), lower
@@ -214,11 +215,11 @@ def _diagonal(diagonal: torch.Tensor) -> Scaling:
 
 
 def _cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """The lower triangle `L` of `L L^T`, the matrix or, where rounding has made that indefinite, near it."""
-    size = gram.diagonal().abs().mean().clamp_min(1e-30)
-    for added in (0, *(10. ** k for k in range(-6, 2))):
+    """The lower triangle `L` of `L L^T`: the matrix or, where rounding has made that indefinite, as near as it goes."""
+    bound = gram.abs().sum(1).max().clamp_min(1e-30)  # of the eigenvalues (Gershgorin)
+    for added in (0, 1e-9, 1e-7, 1e-5, 1e-3, 0.1, 2):
         lower, failed = torch.linalg.cholesky_ex(
-            gram + added * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if added else gram)
+            gram + added * bound * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) if added else gram)
         if not bool(failed):
             return lower
     raise LeanError('A layer of a group that shares filters sees values that are not finite for these images.')
