@@ -156,6 +156,9 @@ def test_reachable(name, most):
         model = timm.create_model(name, num_classes=10)
     low, high = shareable_range(model)
     assert 0 < low <= most and high == 1
+    with torch.device('meta'):
+        low, _ = shareable_range(timm.create_model(name), classifier=True)
+    assert 0 < low <= 0.1
 
 
 def test_the_least_that_is_named_can_be_reached():

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, Linear
 from timm.layers.padding import get_same_padding
 
 from timm_lean.layers import SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
@@ -18,7 +18,7 @@ def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or linear layer that computes with its weights as they are."""
     if type(module) in (nn.Conv2d, Conv2dSame):
         return module.padding_mode == 'zeros'
-    return type(module) in (nn.Linear, SharedBasisConv2d, SharedBasisLinear)
+    return type(module) in (nn.Linear, Linear, SharedBasisConv2d, SharedBasisLinear)
 
 
 class LinearMap:

@@ -2,7 +2,7 @@
 from typing import Any
 
 import torch.nn as nn
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, Linear
 
 from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear
 from timm_lean.layers.standardized import STANDARDIZED, pads_same
@@ -14,7 +14,7 @@ _CONVOLUTIONS = (nn.Conv2d, Conv2dSame, *STANDARDIZED)
 
 def why_not(layer: nn.Module) -> str:
     """Why a convolution or linear layer cannot be factorized; '' if it can."""
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, Linear):
         return ''
     # the exact type: subclasses compute their weight or their padding at run time
     if type(layer) not in _CONVOLUTIONS:
