@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-COMMANDS = ('models', 'info', 'train', 'validate', 'predict', 'prune', 'share', 'export', 'analyze', 'depth', 'doctor',
-            'demo')
+COMMANDS = ('models', 'info', 'train', 'validate', 'predict', 'compress', 'prune', 'share', 'export', 'analyze',
+            'depth', 'doctor', 'demo')
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from typing import Any
 from .arguments import given
 from .opening import data_options, finish, open_model, progress
 
-__all__ = ['change_network']
+__all__ = ['change_network', 'finetuned', 'finetuning_options']
 
 _CALIBRATION_IMAGES = 512
 
@@ -48,11 +48,10 @@ def change_network(
     from timm.models import get_model_input_config
 
     from timm_lean.checkpoint.files import output_file
-    from timm_lean.checkpoint.format import load_any, save_model
-    from timm_lean.training.finetune import finetune
+    from timm_lean.checkpoint.format import save_model
     output = output_file(args.output, '.safetensors')
     options = data_options(args)
-    tuning = _finetuning(args)
+    tuning = finetuning_options(args)
     model = open_model(args)
     check(model)
     images = _calibration_images(args, model, options)
@@ -69,12 +68,9 @@ def change_network(
         save_model(new, output)
         columns[title] = _figures(args, new, x, output, options)
         if tuning:
-            with tempfile.TemporaryDirectory(dir=output.parent, prefix='.teacher-') as folder:
-                if tuning.get('distill') is True:
-                    tuning['distill'] = str(Path(folder) / 'original.safetensors')
-                    save_model(model.cpu(), tuning['distill'])
-                finetune(output, **tuning)
-            columns['fine-tuned'] = _figures(args, load_any(str(output)), x, output, options)
+            tuned = finetuned(args, model, tuning, output.parent)(new)
+            save_model(tuned, output)
+            columns['fine-tuned'] = _figures(args, tuned, x, output, options)
     result = {'output': str(output), 'report': new.lean_report.to_dict(),
               **({} if images is None else {'calibration': new.calibration_report.to_dict()}),
               **{name: vars(figures) for name, figures in columns.items()}}
@@ -107,7 +103,7 @@ def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str,
     return Calibration(loader, progress=sys.stderr.isatty(), **given(args, positions='calibrate_positions'))
 
 
-def _finetuning(args: argparse.Namespace) -> dict[str, Any]:
+def finetuning_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `finetune`, all checked; empty if nothing is to be trained."""
     from dataclasses import fields
 
@@ -128,6 +124,30 @@ def _finetuning(args: argparse.Namespace) -> dict[str, Any]:
     tuning = {'epochs': args.finetune_epochs, **settings}
     check_finetune(**{**tuning, **({'distill': 'the original'} if args.distill is True else {})})
     return tuning
+
+
+def finetuned(args: argparse.Namespace, original: Any, tuning: dict[str, Any], folder: Path) -> Callable[[Any], Any]:
+    """A function that trains a network further and returns it.
+
+    Args:
+        args: Those of `add_finetuning`.
+        original: The teacher, if `--distill` names none.
+        tuning: `finetuning_options(args)`.
+        folder: Where checkpoints may lie meanwhile.
+    """
+    from timm_lean.checkpoint.format import load_any, save_model
+    from timm_lean.training.finetune import finetune
+
+    def tune(model: Any) -> Any:
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.finetune-') as name:
+            options, file = dict(tuning), Path(name) / 'network.safetensors'
+            if options.get('distill') is True:
+                options['distill'] = str(Path(name) / 'original.safetensors')
+                save_model(original.cpu(), options['distill'])
+            save_model(model.cpu(), file)
+            finetune(file, **options)
+            return load_any(str(file))
+    return tune
 
 
 _USED_WITHOUT = ('seed',)  # of training, that the change itself uses too

@@ -25,7 +25,7 @@ from timm_lean.layers.precision import check_float32
 from timm_lean.measure.counts import count_macs, count_params
 from timm_lean.measure.latency import measure_latency
 
-__all__ = ['BlockReport', 'find_blocks', 'remove_blocks']
+__all__ = ['BlockReport', 'find_blocks', 'rank_blocks', 'remove_blocks']
 
 STEP = 'remove_blocks'
 _RANKING_IMAGES = 128
@@ -148,6 +148,20 @@ def find_blocks(model: nn.Module, x: torch.Tensor) -> list[str]:
         for module, flag in training:
             module.training = flag
     return mode.found
+
+
+def rank_blocks(model: nn.Module, images: torch.Tensor) -> list[str]:
+    """Names of the blocks that could go, those first whose removal alone changes the network's output least.
+
+    Args:
+        model: Any network.
+        images: `[N, C, H, W]` on its device.
+
+    Raises:
+        LeanError: There are none.
+    """
+    names = _choose_from(model, images[:1], None, None)
+    return [name for name, *_ in sorted(_effects(model, model, names, images), key=lambda effect: effect[1])]
 
 
 class _Shortcuts(TorchFunctionMode):

@@ -1,0 +1,268 @@
+"""`compress`: targets, curves, the journal, and searches whose best network is known."""
+import csv
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+import timm_lean
+from timm_lean import LeanError, compress, load_model, save_model
+from timm_lean.search import TargetError, reachable
+from timm_lean.search.curves import Curve, all_mixes, neighbours, predict_factor, predict_loss
+from timm_lean.search.journal import Journal
+from timm_lean.search.judge import Judge, split_images
+from timm_lean.search.plan import Plan
+from timm_lean.search.sizes import Sizes, measure_sizes
+from timm_lean.search.target import parse_targets
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('lean_resnet', layers=(2, 2), widths=(16, 32), num_classes=10).eval()
+
+
+@pytest.fixture(scope='module')
+def images():
+    return list(torch.randn(4, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+
+
+# targets -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('text', 'limit'), [
+    ('params=0.5', 500), ('params=0.3k', 300), ('macs=2M', 2e6), ('file=0.25', 2500), ('file=1.5kB', 1500),
+    ('file=2KiB', 2048), ('latency=0.5', 4), ('latency=500us', 0.5), ('latency=0.01s', 10), ('latency=3 ms', 3)])
+def test_targets_in_the_unit_of_the_quantity(text, limit):
+    (target,) = parse_targets(text)
+    assert target.limit(Sizes(1000, 10**7, 10**4, 8.)) == pytest.approx(limit)
+
+
+def test_a_mapping_is_the_same_as_texts():
+    assert parse_targets({'params': 0.5, 'file': '500kB'}) == parse_targets(['params=0.5', 'file=500kB'])
+
+
+@pytest.mark.parametrize(('wanted', 'told'), [
+    ('size=0.5', "'size'"), ('params', 'QUANTITY=VALUE'), ('params=2', 'needs a unit'), ('params=0', 'params=0'),
+    ('params=-1', 'params=-1'), ('latency=5kB', 'us, ms, s'), ('file=nan', 'file=nan'), ('params=1..2', '1..2'),
+    (['params=0.5', 'params=0.4'], '2 times'), ([], 'needs a target'), ({'macs': None}, 'None')])
+def test_bad_targets_are_named(wanted, told):
+    with pytest.raises(LeanError, match='.') as e:
+        parse_targets(wanted)
+    assert told in str(e.value)
+
+
+# curves --------------------------------------------------------------------------------------------------------------
+
+def test_curves_are_straight_between_points_and_grow_beyond():
+    curve = Curve({0.: 0., 0.5: 1., 1.: 4.})
+    assert [curve(x) for x in (0., 0.25, 0.5, 0.75, 1., 2.)] == [0., 0.5, 1., 2.5, 4., 4.]
+    assert Curve({0.: 0., 0.5: 1.}, quadratic=True)(1.) == 4.
+
+
+def test_a_mix_goes_as_far_as_the_product_of_its_shares_needs():
+    shares = {name: [Curve({0.: 1., 1.: 0.})] for name in 'ab'}
+    factor = predict_factor((('a', 1.), ('b', 1.)), shares, [0.25])
+    assert factor == pytest.approx(0.5, abs=2e-3)  # (1 - f)^2 = 1/4
+    assert predict_factor((('a', 0.5),), shares, [0.4]) is None
+    losses = {'a': Curve({0.: 0., 1.: 8.}), 'b': Curve({0.: 0., 1.: 2.})}
+    assert predict_loss((('a', 1.), ('b', 1.)), 0.5, losses) == 5.
+
+
+def test_mixes_are_directions():
+    mixes = list(all_mixes('ab', 2))
+    assert mixes == [(('a', 0.5), ('b', 1.)), (('a', 1.), ('b', 0.5)), (('a', 1.), ('b', 1.))]
+    assert (('a', 1.), ('b', 0.25)) in set(neighbours((('a', 1.), ('b', 0.5)), 'ab', 0.25))
+    for mix in neighbours((('a', 1.), ('b', 0.5)), 'abc', 0.25):
+        assert max(amount for _, amount in mix) == 1.
+
+
+# judging -------------------------------------------------------------------------------------------------------------
+
+class Shift(nn.Module):
+    """A classifier whose choice is the first pixel, rounded, plus a constant."""
+
+    def __init__(self, by=0):
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(float(by)))
+
+    def forward(self, x):
+        return nn.functional.one_hot((x[:, 0, 0, 0] + self.by).long() % 4, 4).float()
+
+
+def test_agreement_is_the_share_of_equal_choices():
+    images = [torch.arange(4.).view(4, 1, 1, 1), torch.arange(4.).view(4, 1, 1, 1)]
+    judge = Judge(Shift(), None, images)
+    assert (judge.name, judge.reference, judge(Shift()), judge(Shift(1))) == ('agreement', 100., 100., 0.)
+
+
+def test_outputs_that_are_no_classes_are_compared():
+    judge = Judge(nn.Conv2d(1, 1, 1, bias=False), None, [torch.ones(2, 1, 2, 2)])
+    double = nn.Conv2d(1, 1, 1, bias=False)
+    assert judge.name == 'likeness of the output' and judge.reference == pytest.approx(100.)
+    with torch.no_grad():
+        double.weight.zero_()
+    assert judge(double) == pytest.approx(0.)
+
+
+def test_a_quarter_of_the_images_judges_and_is_not_fitted_to(images):
+    fitted, held = split_images([(x, None) for x in images], judging=True)
+    assert [len(fitted), len(held)] == [3, 1] and held[0] is images[3]
+    fitted, held = split_images([torch.cat(images)], judging=True)
+    assert sum(map(len, fitted)) == 12 and sum(map(len, held)) == 4
+    assert not any(torch.equal(a, b) for x in fitted for a in x for y in held for b in y)
+
+
+@pytest.mark.parametrize('batches', [[], torch.zeros(4, 3, 8, 8), [torch.zeros(4, 3, 8, 8, dtype=torch.uint8)], ['x']])
+def test_what_is_no_image_batch_is_told(model, batches):
+    with pytest.raises(LeanError, match='image'):
+        compress(model, 'params=0.5', batches)
+
+
+# sizes ---------------------------------------------------------------------------------------------------------------
+
+def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_path):
+    small = timm_lean.share(model, params=0.6)
+    sizes, dense = (measure_sizes(m, images[0][:1], ('params',)) for m in (small, model))
+    save_model(small, tmp_path / 'small.safetensors')
+    assert sizes.file == (tmp_path / 'small.safetensors').stat().st_size
+    assert sizes.params == sum(p.numel() for p in small.parameters()) and sizes.latency is None
+    assert sizes.macs <= dense.macs
+
+
+# the search ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Candidates are not calibrated, and few: these tests are about the search."""
+    make = Plan.make
+    monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', 3)
+    monkeypatch.setattr(Plan, 'make', lambda self, model, x, images=None: make(self, model, x))
+
+
+def by_params(model):
+    """An accuracy that only parameters decide, for which the largest network within a limit is the best."""
+    return 100 * sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def test_the_best_network_that_meets_the_target(model, images, quick, tmp_path):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    new = compress(model, 'params=0.6', images, evaluate=by_params, folder=tmp_path)
+    report, whole = new.lean_report, sum(p.numel() for p in model.parameters())
+    assert 0.55 * whole < sum(p.numel() for p in new.parameters()) <= 0.6 * whole
+    met = [c for c in report.candidates if c.sizes.params <= 0.6 * whole]
+    assert report.chosen.score == max(c.score for c in met) and report.met and len(met) >= 3
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    save_model(new, tmp_path / 'new.safetensors')
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'new.safetensors')(images[0]), new(images[0]))
+
+
+def test_two_targets_hold_together(model, images, quick):
+    sizes = compress(
+        model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels']).lean_report.chosen.sizes
+    original = measure_sizes(model, images[0][:1], ())
+    assert sizes.params <= 0.7 * original.params and sizes.macs <= 0.6 * original.macs
+
+
+def test_a_search_goes_on_where_it_was(model, images, quick, tmp_path):
+    calls = []
+
+    def evaluate(network):
+        calls.append(network)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return by_params(network)
+
+    options = dict(techniques=['kernels', 'share'], folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, 'file=0.7', images, evaluate=evaluate, **options)
+    rows = (tmp_path / 'candidates.jsonl').read_text().splitlines()
+    assert len(rows) == 1 + 2 and json.loads(rows[0])['finished'] is False
+    with pytest.raises(LeanError, match='unfinished'):
+        compress(model, 'file=0.7', images, evaluate=by_params, **options)
+    ended = compress(model, 'file=0.7', images, evaluate=evaluate, resume=True, **options).lean_report
+    whole = compress(model, 'file=0.7', images, evaluate=by_params, techniques=['kernels', 'share']).lean_report
+    assert ended.candidates == whole.candidates and ended.chosen == whole.chosen
+    assert len(calls) == 4 + 1 + len(whole.candidates) - 2  # two candidates were not made again
+
+
+def test_a_search_of_another_network_is_not_gone_on_with(model, images, quick, tmp_path):
+    compress(model, 'params=0.9', images, evaluate=by_params, techniques=['share'], folder=tmp_path)
+    with pytest.raises(LeanError, match='another network'):
+        compress(model, 'params=0.9', images[:2], evaluate=by_params, techniques=['share'], folder=tmp_path,
+                 resume=True)
+    (tmp_path / 'candidates.jsonl').write_text('{"search"')
+    with pytest.raises(LeanError, match='damaged'):
+        Journal(tmp_path, '', resume=True)
+
+
+def test_what_costs_too_much_is_not_written_unless_the_nearest_will_do(model, images, quick):
+    whole = by_params(model)
+    with pytest.raises(TargetError, match='max_drop') as e:
+        compress(model, 'params=0.5', images, evaluate=by_params, max_drop=0.3 * whole, techniques=['share'])
+    assert 'shared bases' in e.value.nearest
+    near = compress(model, 'params=0.5', images, evaluate=by_params, max_drop=0.3 * whole, techniques=['share'],
+                    nearest=True).lean_report
+    assert not near.met and 0.7 * whole <= near.chosen.score < whole
+
+
+def test_out_of_reach_is_told_with_what_is_in_reach(model, images, quick):
+    with pytest.raises(TargetError, match='out of reach.*share: params 0') as e:
+        compress(model, 'params=0.01', images, evaluate=by_params, techniques=['share'])
+    table, refused = reachable(model, 'params=0.01', images, techniques=['share', 'kernels'])
+    assert f'params {table["share"]["params"]:.3g}' in str(e.value)
+    assert 'does not change params' in refused['kernels']
+    with pytest.raises(TargetError, match='kernels: it does not change latency'):
+        compress(model, 'latency=0.5', images, evaluate=by_params, techniques=['kernels'])
+
+
+def test_fine_tuning_decides_between_the_best(model, images, quick):
+    tuned = []
+
+    def finetune(network):
+        tuned.append(sum(p.numel() for p in network.parameters()))
+        network.good = len(tuned) == 2
+        return network
+
+    def evaluate(network):
+        return 100. if getattr(network, 'good', False) else by_params(network)
+
+    report = compress(model, 'file=0.7', images, evaluate=evaluate, finetune=finetune,
+                      techniques=['kernels', 'share']).lean_report
+    assert len(tuned) == 2 and report.chosen.tuned and report.chosen.score == 100.
+    assert report.chosen.sizes.params == tuned[1]
+
+
+@pytest.mark.parametrize(('options', 'told'), [
+    (dict(techniques=['magic']), "'magic'"), (dict(techniques=[]), 'needs a technique'), (dict(minutes=0), 'minutes'),
+    (dict(minutes=float('nan')), 'minutes'), (dict(max_drop=-1, evaluate=by_params), 'max_drop'),
+    (dict(max_drop=1), 'evaluate'), (dict(evaluate=lambda model: None), 'number')])
+def test_bad_arguments_are_named(model, images, options, told):
+    with pytest.raises(LeanError, match=told):
+        compress(model, 'params=0.5', images, **options)
+
+
+def test_too_little_time_is_told(model, images, quick):
+    with pytest.raises(LeanError, match='too short'):
+        compress(model, 'params=0.5', images, evaluate=by_params, techniques=['share'], minutes=1e-6)
+
+
+def test_table_and_picture_hold_all_candidates(model, images, quick, tmp_path):
+    report = compress(model, 'file=0.7', images, evaluate=by_params, techniques=['kernels', 'share']).lean_report
+    report.write_csv(tmp_path / 'f.csv')
+    report.plot(tmp_path / 'f.png')
+    with open(tmp_path / 'f.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 1 + len(report.candidates) and [row['chosen'] for row in rows].count('True') == 1
+    assert (tmp_path / 'f.png').read_bytes()[:4] == b'\x89PNG'
+    assert report.summary in str(report) and json.dumps(report.to_dict())
+    front = report.frontier('file')
+    assert [c.score for c in front] == sorted(c.score for c in front)
+
+
+def test_calibrated_candidates_agree_better(model, images):
+    """One whole search without replacing anything."""
+    report = compress(model, 'params=0.7', images, techniques=['share']).lean_report
+    assert report.judged_by == 'agreement' and report.original.score == 100. and report.met

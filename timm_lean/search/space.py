@@ -1,0 +1,152 @@
+"""The plans that a network allows, from nothing at amount 0 to as much as is sensible at amount 1, and what they cost.
+
+Sizes hang on the structure alone, so they are known without calibrating: a search first finds how much of a mix of
+techniques meets a target, and only then spends its time on that one network.
+"""
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from timm_lean.errors import LeanError
+from timm_lean.pruning import rank_blocks
+from timm_lean.sharing import shareable_range
+
+from .plan import HELPS, Plan
+from .sizes import Sizes, measure_sizes
+from .target import Target
+
+__all__ = ['Space', 'scaled']
+
+_MOST_CHANNELS = 0.8
+_MOST_KERNELS = 0.95
+_MOST_BLOCKS = 0.7  # of those that can go
+_STEPS = 7  # halvings of an interval of amounts
+_CLOSE = 0.97  # of a limit: near enough
+
+
+class Space:
+    """Plans and sizes of one network.
+
+    Args:
+        model: The original, in eval mode.
+        x: One image `[1, C, H, W]` on its device.
+        images: Some images `[N, C, H, W]` to rank blocks by.
+        techniques: Those of `plan.TECHNIQUES` to use.
+        targets: What is to become smaller; techniques that cannot help any of them are left out.
+
+    Attributes:
+        original: What the network costs.
+        techniques: Those that are used.
+        refused: Those that are not, and why.
+    """
+
+    def __init__(
+            self, model: nn.Module, x: torch.Tensor, images: torch.Tensor, techniques: Collection[str],
+            targets: Sequence[Target]):
+        self.model, self.x, self.targets = model, x, targets
+        self.quantities = {target.quantity for target in targets}
+        self._anchor = copy.deepcopy(model)
+        self.original = measure_sizes(model, x, self.quantities)
+        self._sizes: dict[Plan, Sizes | None] = {}
+        self._floor = 1.
+        self._blocks: list[str] = []
+        self.refused: dict[str, str] = {}
+        self.techniques: list[str] = []
+        for name in HELPS:
+            if name not in techniques:
+                continue
+            why = self._prepare(name, images)
+            if why:
+                self.refused[name] = why
+            else:
+                self.techniques.append(name)
+
+    def _prepare(self, name: str, images: torch.Tensor) -> str:
+        """Find out how far a technique goes; an empty text if it is of use."""
+        if not self.quantities & set(HELPS[name]):
+            return f'it does not change {" or ".join(sorted(self.quantities))}'
+        try:
+            if name == 'blocks':
+                self._blocks = rank_blocks(self.model, images)
+            elif name == 'share':
+                self._floor = shareable_range(self.model)[0]
+            plan = self.plan({name: 0.5})
+            new = plan.make(self.model, self.x)
+        except LeanError as e:
+            return str(e)
+        self._sizes[plan] = self.measure(new)
+        return ''
+
+    def plan(self, amounts: Mapping[str, float]) -> Plan:
+        """The plan of some amounts, each in [0, 1]."""
+        count = round(amounts.get('blocks', 0.) * max(1, int(_MOST_BLOCKS * len(self._blocks)))) if self._blocks else 0
+        return replace(
+            Plan(), blocks=tuple(self._blocks[:count]), channels=_MOST_CHANNELS * amounts.get('channels', 0.),
+            share=1 - (1 - self._floor) * amounts.get('share', 0.), kernels=_MOST_KERNELS * amounts.get('kernels', 0.),
+        ).rounded()
+
+    def measure(self, model: nn.Module) -> Sizes:
+        """What a network costs, its latency relative to the original's."""
+        latency = self.original.latency
+        return measure_sizes(
+            model, self.x, self.quantities, None if latency is None else (self._anchor, latency))
+
+    def sizes(self, plan: Plan) -> Sizes | None:
+        """What a plan's network will cost; None where a technique refuses."""
+        if plan not in self._sizes:
+            try:
+                self._sizes[plan] = self.measure(plan.make(self.model, self.x))
+            except LeanError:
+                self._sizes[plan] = None
+        return self._sizes[plan]
+
+    def excess(self, sizes: Sizes) -> float:
+        """The largest ratio of a quantity to its limit: at most 1 where all targets are met."""
+        return max(sizes[t.quantity] / t.limit(self.original) for t in self.targets)
+
+    def reach(self, mix: Mapping[str, float]) -> float | None:
+        """The smallest factor for the amounts of a mix with which all targets are met, by bisection; None if none is.
+
+        Args:
+            mix: Amounts in [0, 1] of which the largest is 1.
+        """
+        low, high = 0., 1.
+        end = self.sizes(self.plan(mix))
+        while end is None and high > 0.25:  # where a technique refuses its largest amount
+            high -= 0.25
+            end = self.sizes(self.plan(scaled(mix, high)))
+        if end is None or self.excess(end) > 1:
+            return None
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            sizes = self.sizes(self.plan(scaled(mix, middle)))
+            excess = 2. if sizes is None else self.excess(sizes)
+            if excess <= 1:
+                high = middle
+                if excess >= _CLOSE:
+                    break
+            else:
+                low = middle
+        return high
+
+    def reachable(self) -> dict[str, dict[str, float]]:
+        """The smallest share of each targeted quantity that each technique alone, and all together, can give."""
+        mixes = {name: {name: 1.} for name in self.techniques}
+        if len(mixes) > 1:
+            mixes['all together'] = dict.fromkeys(self.techniques, 1.)
+        table = {}
+        for name, mix in mixes.items():
+            for factor in (1., 0.75, 0.5, 0.25):
+                sizes = self.sizes(self.plan(scaled(mix, factor)))
+                if sizes is not None:
+                    table[name] = {t.quantity: sizes[t.quantity] / self.original[t.quantity] for t in self.targets}
+                    break
+        return table
+
+
+def scaled(mix: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Amounts times a factor."""
+    return {name: amount * factor for name, amount in mix.items()}
