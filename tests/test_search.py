@@ -48,7 +48,7 @@ def test_a_mapping_is_the_same_as_texts():
     ('params=-1', 'params=-1'), ('latency=5kB', 'us, ms, s'), ('file=nan', 'file=nan'), ('params=1..2', '1..2'),
     (['params=0.5', 'params=0.4'], '2 times'), ([], 'needs a target'), ({'macs': None}, 'None')])
 def test_bad_targets_are_named(wanted, told):
-    with pytest.raises(LeanError, match='.') as e:
+    with pytest.raises(LeanError) as e:
         parse_targets(wanted)
     assert told in str(e.value)
 
@@ -124,7 +124,7 @@ def test_what_is_no_image_batch_is_told(model, batches):
 
 def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_path):
     small = timm_lean.share(model, params=0.6)
-    sizes, dense = (measure_sizes(m, images[0][:1], ('params',)) for m in (small, model))
+    sizes, dense = (measure_sizes(m, images[0][:1], ('params', 'macs', 'file')) for m in (small, model))
     save_model(small, tmp_path / 'small.safetensors')
     assert sizes.file == (tmp_path / 'small.safetensors').stat().st_size
     assert sizes.params == sum(p.numel() for p in small.parameters()) and sizes.latency is None
@@ -160,9 +160,9 @@ def test_the_best_network_that_meets_the_target(model, images, quick, tmp_path):
 
 
 def test_two_targets_hold_together(model, images, quick):
-    sizes = compress(
-        model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels']).lean_report.chosen.sizes
-    original = measure_sizes(model, images[0][:1], ())
+    new = compress(model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels'])
+    sizes = new.lean_report.chosen.sizes
+    original = measure_sizes(model, images[0][:1], ('params', 'macs'))
     assert sizes.params <= 0.7 * original.params and sizes.macs <= 0.6 * original.macs
 
 
@@ -209,7 +209,7 @@ def test_what_costs_too_much_is_not_written_unless_the_nearest_will_do(model, im
 
 
 def test_out_of_reach_is_told_with_what_is_in_reach(model, images, quick):
-    with pytest.raises(TargetError, match='out of reach.*share: params 0') as e:
+    with pytest.raises(TargetError, match=r'out of reach.*share: params 0') as e:
         compress(model, 'params=0.01', images, evaluate=by_params, techniques=['share'])
     table, refused = reachable(model, 'params=0.01', images, techniques=['share', 'kernels'])
     assert f'params {table["share"]["params"]:.3g}' in str(e.value)
@@ -250,7 +250,7 @@ def test_too_little_time_is_told(model, images, quick):
 
 
 def test_table_and_picture_hold_all_candidates(model, images, quick, tmp_path):
-    report = compress(model, 'file=0.7', images, evaluate=by_params, techniques=['kernels', 'share']).lean_report
+    report = compress(model, 'params=0.7', images, evaluate=by_params, techniques=['share']).lean_report
     report.write_csv(tmp_path / 'f.csv')
     report.plot(tmp_path / 'f.png')
     with open(tmp_path / 'f.csv') as f:
@@ -258,7 +258,7 @@ def test_table_and_picture_hold_all_candidates(model, images, quick, tmp_path):
     assert len(rows) == 1 + len(report.candidates) and [row['chosen'] for row in rows].count('True') == 1
     assert (tmp_path / 'f.png').read_bytes()[:4] == b'\x89PNG'
     assert report.summary in str(report) and json.dumps(report.to_dict())
-    front = report.frontier('file')
+    front = report.frontier('params')
     assert [c.score for c in front] == sorted(c.score for c in front)
 
 

@@ -184,7 +184,11 @@ def limited(
         with _CpuMemory(work, shapes) if cpu_memory else nullcontext():
             yield work
     finally:
-        sys.setprofile(profile)
+        sys.setprofile(None)
+        if callable(profile):
+            sys.setprofile(profile)
+        elif profile is not None:  # cProfile's own object
+            profile.enable()
         for handle in handles:
             handle.remove()
 

@@ -108,12 +108,15 @@ class CompressReport(LeanReport):
                 return each.sizes[quantity], each.score
 
             for index, (name, points) in enumerate(_by_kind(self.candidates).items()):
-                axes.scatter(*zip(*map(point, points), strict=True), s=28, color=COLORS[index % len(COLORS)],
+                xs, ys = zip(*map(point, points), strict=True)
+                axes.scatter(xs, ys, s=28, color=COLORS[index % len(COLORS)],
                              marker='oDsv^P*'[index // len(COLORS) % 7], label=name, zorder=3)
-            axes.plot(*zip(*map(point, self.frontier(quantity)), strict=True), color='0.6', linewidth=1, zorder=1)
-            axes.scatter(*point(self.original), marker='X', s=70, color='black', label='original', zorder=4)
-            axes.scatter(*point(self.chosen), marker='o', s=160, facecolors='none', edgecolors='black', label='chosen',
-                         zorder=5)
+            xs, ys = zip(*map(point, self.frontier(quantity)), strict=True)
+            axes.plot(xs, ys, color='0.6', linewidth=1, zorder=1)
+            for each, style in ((self.original, dict(marker='X', s=70, color='black', label='original')),
+                                (self.chosen, dict(s=160, facecolors='none', edgecolors='black', label='chosen'))):
+                x, y = point(each)
+                axes.scatter([x], [y], zorder=4, **style)  # type: ignore[arg-type]
             axes.axhline(self.original.score, color=REFERENCE, linewidth=0.8, linestyle=':')
             axes.set_xlim(left=0)
             axes.set_xlabel(_TITLES[quantity])

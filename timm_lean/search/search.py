@@ -156,7 +156,8 @@ class _Search:
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
         names = self.space.techniques
-        waiting, seen = set(all_mixes(names, _PARTS)), {((name, 1.),) for name in names}
+        waiting = set(all_mixes(names, _PARTS))
+        seen: set[Mix] = {((name, 1.),) for name in names}
         shares = {name: self._shares(name) for name in names}
         best, idle = float('inf'), 0
         for _ in range(_MOST_MIXES):
@@ -272,8 +273,8 @@ class _Search:
 
     def _report(self, chosen: Candidate, tuned: list[Candidate]) -> CompressReport:
         return CompressReport(
-            params=(self.original.sizes.params, chosen.sizes.params), targets=tuple(map(str, self.targets)),
-            chosen=chosen, original=self.original, candidates=(*self.found.values(), *tuned),
+            params=(int(self.original.sizes['params']), int(chosen.sizes['params'])),
+            targets=tuple(map(str, self.targets)), chosen=chosen, original=self.original, candidates=(*self.found.values(), *tuned),
             judged_by=self.judge.name, met=self._met(chosen), refused=tuple(self.space.refused.items()))
 
     @property

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,17 +21,17 @@ QUANTITIES = ('params', 'macs', 'file', 'latency')
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a network costs.
+    """What a network costs; None where it was not measured.
 
     Attributes:
         params: Parameters, shared ones counted once.
         macs: Multiply-accumulates of one image, of a network with shared bases in its cheaper form: as it is or folded.
         file: Bytes of its checkpoint.
-        latency: Milliseconds of one image in the same form, None where it was not measured.
+        latency: Milliseconds of one image, in the same form.
     """
-    params: int
-    macs: int
-    file: int
+    params: int | None = None
+    macs: int | None = None
+    file: int | None = None
     latency: float | None = None
 
     def __getitem__(self, quantity: str) -> float:
@@ -50,23 +51,30 @@ def measure_sizes(
     Args:
         model: The network, in eval mode.
         x: One image `[1, C, H, W]`, where the network is.
-        quantities: Latency is measured only if it is among them; the rest always.
+        quantities: Those to measure.
         original: Another network and the milliseconds that count for it: the latency is given relative to it, measured
             in turn, so that a machine that became slower or faster meanwhile does not matter.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'model.safetensors'
-        save_model(model, path)
-        size = path.stat().st_size
-    form, macs = _cheaper_form(model, x)
-    latency = None
-    if 'latency' in quantities:
-        if original is None:
-            latency = 1000 * measure_latency([copy.deepcopy(form)], [x.shape], x.device)[0].median
-        else:
-            anchor, ours = measure_latency([original[0], copy.deepcopy(form)], [x.shape, x.shape], x.device)
-            latency = original[1] * ours.ratio(anchor)
-    return Sizes(count_params(model), macs, size, latency)
+    values: dict[str, Any] = {}
+    if 'params' in quantities:
+        values['params'] = count_params(model)
+    if 'file' in quantities:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / 'model.safetensors'
+            save_model(model, path)
+            values['file'] = path.stat().st_size
+    if {'macs', 'latency'} & set(quantities):
+        form, values['macs'] = _cheaper_form(model, x)
+        if 'latency' in quantities:
+            values['latency'] = _latency(copy.deepcopy(form), x, original)
+    return Sizes(**values)
+
+
+def _latency(model: nn.Module, x: torch.Tensor, original: tuple[nn.Module, float] | None) -> float:
+    if original is None:
+        return 1000 * measure_latency([model], [x.shape], x.device)[0].median
+    anchor, ours = measure_latency([original[0], model], [x.shape, x.shape], x.device)
+    return original[1] * ours.ratio(anchor)
 
 
 def _cheaper_form(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, int]:

@@ -23,6 +23,7 @@ __all__ = ['Space', 'scaled']
 _MOST_CHANNELS = 0.8
 _MOST_KERNELS = 0.95
 _MOST_BLOCKS = 0.7  # of those that can go
+_ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured by what is targeted
 _STEPS = 7  # halvings of an interval of amounts
 _CLOSE = 0.97  # of a limit: near enough
 
@@ -49,7 +50,7 @@ class Space:
         self.model, self.x, self.targets = model, x, targets
         self.quantities = {target.quantity for target in targets}
         self._anchor = copy.deepcopy(model)
-        self.original = measure_sizes(model, x, self.quantities)
+        self.original = measure_sizes(model, x, {*_ALWAYS, *self.quantities})
         self._sizes: dict[Plan, Sizes | None] = {}
         self._floor = 1.
         self._blocks: list[str] = []
@@ -77,7 +78,7 @@ class Space:
             new = plan.make(self.model, self.x)
         except LeanError as e:
             return str(e)
-        self._sizes[plan] = self.measure(new)
+        self._sizes[plan] = self._measure(new, self.quantities)
         return ''
 
     def plan(self, amounts: Mapping[str, float]) -> Plan:
@@ -89,16 +90,18 @@ class Space:
         ).rounded()
 
     def measure(self, model: nn.Module) -> Sizes:
-        """What a network costs, its latency relative to the original's."""
+        """What a network costs, its latency only if that is a target, relative to the original's."""
+        return self._measure(model, {*_ALWAYS, *self.quantities})
+
+    def _measure(self, model: nn.Module, quantities: set[str]) -> Sizes:
         latency = self.original.latency
-        return measure_sizes(
-            model, self.x, self.quantities, None if latency is None else (self._anchor, latency))
+        return measure_sizes(model, self.x, quantities, None if latency is None else (self._anchor, latency))
 
     def sizes(self, plan: Plan) -> Sizes | None:
-        """What a plan's network will cost; None where a technique refuses."""
+        """What a plan's network will cost of the targeted quantities; None where a technique refuses."""
         if plan not in self._sizes:
             try:
-                self._sizes[plan] = self.measure(plan.make(self.model, self.x))
+                self._sizes[plan] = self._measure(plan.make(self.model, self.x), self.quantities)
             except LeanError:
                 self._sizes[plan] = None
         return self._sizes[plan]
