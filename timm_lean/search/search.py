@@ -274,8 +274,9 @@ class _Search:
     def _report(self, chosen: Candidate, tuned: list[Candidate]) -> CompressReport:
         return CompressReport(
             params=(int(self.original.sizes['params']), int(chosen.sizes['params'])),
-            targets=tuple(map(str, self.targets)), chosen=chosen, original=self.original, candidates=(*self.found.values(), *tuned),
-            judged_by=self.judge.name, met=self._met(chosen), refused=tuple(self.space.refused.items()))
+            targets=tuple(map(str, self.targets)), chosen=chosen, original=self.original,
+            candidates=(*self.found.values(), *tuned), judged_by=self.judge.name, met=self._met(chosen),
+            refused=tuple(self.space.refused.items()))
 
     @property
     def _wish(self) -> str:
