@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise LeanError('compress needs images: --data-dir DIR, or --data digits.')
     if args.calibrate is not None and args.calibrate < 4:
         raise LeanError(f'--calibrate must be at least 4 images, got {args.calibrate}: compress always calibrates.')
+    if args.judge is not None and args.judge < 1:
+        raise LeanError(f'--judge must be at least 1 image, got {args.judge}.')
     tuning = finetuning_options(args)
     model = open_model(args).to(options['device'])
     images = [x for x, _ in _loader(model, options, 'train', args.calibrate or 512)]

@@ -3,12 +3,12 @@ import argparse
 
 from .arguments import given
 
-HELP = 'train, compare, export and reload on the embedded digits'
+HELP = 'train a network on the embedded digits, compress it to a target, reload it'
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--output', default='output/demo', help='folder for the results (output/demo if not given)')
-    p.add_argument('--epochs', type=int, help='of each network (default 8)')
+    p.add_argument('--epochs', type=int, help='of training (default 8)')
     p.add_argument('--detection', action=argparse.BooleanOptionalAction,
                    help='with a detector (if MMDetection is installed, where nothing is said)')
 

@@ -91,8 +91,8 @@ class Plan:
 
 @contextmanager
 def _quiet() -> Any:
-    """Without the warning that a technique can do little here: the search sees that by itself."""
-    logger = logging.getLogger('timm_lean.layers.lean_report')
+    """Without warnings that a technique can do little here or stopped early: the search sees that by itself."""
+    logger = logging.getLogger('timm_lean')
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

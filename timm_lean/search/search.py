@@ -127,6 +127,13 @@ class _Search:
 
     def run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
         """The whole search."""
+        try:
+            return self._run(finetune, nearest)
+        except TargetError:
+            self.journal.finish()  # there is nothing more to find
+            raise
+
+    def _run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
         with self.bar:
             if self._met(self.original):
                 return self._finish(self.original, self.model)
