@@ -15,7 +15,7 @@ COMPILE = $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib || true
 
 N ?= 1000
 
-.PHONY: demo test test-all test-fast test-versions fuzz lint format clean
+.PHONY: demo docs test test-all test-fast test-versions fuzz lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/timm-lean demo
@@ -37,6 +37,11 @@ test-versions:
 # Every fuzzer N times; a failure names the seed, and FUZZ_SEED=seed N=1 repeats it.
 fuzz: $(VENV)/.installed-dev
 	FUZZ_N=$(N) $(PYTEST) --timeout 0 tests/fuzz
+
+# The documentation as a site in output/site; a broken link or reference is an error.
+docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """README and docs: Python examples run and print what is shown, shown commands parse, links lead somewhere."""
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -99,3 +100,14 @@ def test_links_lead_somewhere(page):
 def test_files_the_readme_names_exist():
     for path in re.findall(r'`((?:docs|tools|timm_lean|mmdet_configs)/[\w/.-]+\w)`', (ROOT / 'README.md').read_text()):
         assert (ROOT / path).exists(), path
+
+
+def test_the_site_has_every_page():
+    text = (ROOT / 'mkdocs.yml').read_text()
+    assert sorted(re.findall(r': (\w+\.md)$', text, re.MULTILINE)) == sorted(p.name for p in (ROOT / 'docs').glob('*.md'))
+
+
+def test_the_api_page_names_what_there_is():
+    for name in re.findall(r'^::: (\S+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE):
+        module, _, attribute = name.rpartition('.')
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
