@@ -326,3 +326,11 @@ def test_installed_script_runs():
 def timm_lean_version():
     from timm_lean import __version__
     return __version__
+
+
+def test_the_shell_completes(tmp_path):
+    line = 'timm-lean prune --gran'
+    environment = {**os.environ, '_ARGCOMPLETE': '1', '_ARGCOMPLETE_STDOUT_FILENAME': str(tmp_path / 'out'),
+                   'COMP_LINE': line, 'COMP_POINT': str(len(line)), '_ARGCOMPLETE_IFS': ' '}
+    subprocess.run([sys.executable, '-m', 'timm_lean_cli'], env=environment, check=True, timeout=60)
+    assert (tmp_path / 'out').read_text().split() == ['--granularity']

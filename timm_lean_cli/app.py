@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed (a full disk), 2 bad input, 130 interrupted.
 """
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = build_parser()
+    if '_ARGCOMPLETE' in os.environ:  # the shell asks for completions
+        import argcomplete
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     if args.version:
         from importlib.metadata import version

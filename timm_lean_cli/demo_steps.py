@@ -2,6 +2,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -53,7 +54,7 @@ def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
     def accuracy(network: nn.Module) -> float:
         return evaluate(network, test, torch.device('cpu'))['top1']
 
-    small = timm_lean.compress(
+    small: Any = timm_lean.compress(
         model, _TARGETS, images, evaluate=accuracy, max_drop=_MAX_DROP, minutes=minutes, folder=folder / 'search')
     report = small.lean_report
     print(report)
