@@ -1,0 +1,22 @@
+"""`timm-lean demo` without its detector, from end to end."""
+import pytest
+import timm
+import torch
+
+from timm_lean import load_model
+from timm_lean_cli.demo_steps import demo
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    demo(tmp_path, minutes=0.5)
+    out = capsys.readouterr().out
+    assert 'identical outputs' in out and '<- chosen' in out
+    (folder,) = tmp_path.iterdir()
+    small, dense = (folder / name for name in ('small.safetensors', 'dense/last.safetensors'))
+    assert small.stat().st_size <= 0.25 * dense.stat().st_size
+    assert (folder / 'frontier.png').read_bytes()[:4] == b'\x89PNG'
+    again = timm.create_model(f'local-dir:{folder / "hf"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(again(x), load_model(small)(x))
