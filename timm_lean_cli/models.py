@@ -1,6 +1,7 @@
 """`timm-lean models`: the networks of the papers by name."""
 import argparse
 import re
+from typing import Any
 
 from .arguments import add_json
 from .opening import finish
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
         raise LeanError(f'No model name matches {part!r}. Names: {", ".join(names)}.')
     width = max(map(len, chosen))
     if not args.counts:
-        sizes = {n: timm.get_pretrained_cfg_value(n, 'input_size')[-1] for n in chosen}
+        cfgs: dict[str, Any] = {n: timm.get_pretrained_cfg(n) for n in chosen}
+        sizes = {n: cfg.input_size[-1] for n, cfg in cfgs.items()}
         finish(args, [dict(name=n, img_size=size) for n, size in sizes.items()],
                '\n'.join(f'{n:{width}}  @{size}' for n, size in sizes.items()))
         return

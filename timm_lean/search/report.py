@@ -15,7 +15,8 @@ from .target import show
 
 __all__ = ['Candidate', 'CompressReport']
 
-_TITLES = {'params': 'parameters', 'macs': 'multiply-accumulates', 'file': 'file, bytes', 'latency': 'ms per image'}
+_AXES = {'params': ('thousand parameters', 1e3), 'macs': ('million multiply-accumulates', 1e6),
+         'file': ('file, kB', 1e3), 'latency': ('ms per image', 1.)}
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ class CompressReport(LeanReport):
         quantities = [target.partition('=')[0] for target in self.targets]
         figure, all_axes = new_figure((1.5 + 5.5 * len(quantities), 4.5), columns=len(quantities))
         for axes, quantity in zip(all_axes, quantities, strict=True):
-            def point(each: Candidate, quantity: str = quantity) -> tuple[float, float]:
-                return each.sizes[quantity], each.score
+            title, unit = _AXES[quantity]
+
+            def point(each: Candidate, quantity: str = quantity, unit: float = unit) -> tuple[float, float]:
+                return each.sizes[quantity] / unit, each.score
 
             for index, (name, points) in enumerate(_by_kind(self.candidates).items()):
                 xs, ys = zip(*map(point, points), strict=True)
@@ -119,7 +122,7 @@ class CompressReport(LeanReport):
                 axes.scatter([x], [y], zorder=4, **style)  # type: ignore[arg-type]
             axes.axhline(self.original.score, color=REFERENCE, linewidth=0.8, linestyle=':')
             axes.set_xlim(left=0)
-            axes.set_xlabel(_TITLES[quantity])
+            axes.set_xlabel(title)
             axes.set_ylabel(f'{self.judged_by} (%)')
             axes.legend(fontsize=7)
         save_figure(figure, path)
