@@ -18,9 +18,30 @@ def _deterministic():
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason='no GPU'))])
-def device(request):
-    """Every device there is; `tools/prove_gpu.py` runs the tests that take it."""
+def device(request, monkeypatch):
+    """Every device there is, in full precision. `tools/prove_gpu.py` runs the tests that take it."""
+    if request.param == 'cuda':  # by default convolutions round float32 to TF32's 10 bits
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
     return torch.device(request.param)
+
+
+# a small network of every family, for 32 pixels
+FAMILIES = {
+    'resnet20_cifar': dict(layers=(1, 1, 1)), 'resnet32_cifar_s8u1': dict(layers=(2, 2, 2)),
+    'resnet34_s32u1_dual': dict(layers=(2, 2, 2, 2)), 'resnet50_sharedpp': dict(layers=(2, 2, 2, 2)),
+    'mobilenetv2_100_sharedpp': {}, 'densenet121_cifar_s64u4': dict(layers=(2, 2, 2, 2)),
+    'resnext50_cifar_s16u1': dict(layers=(2, 2, 2, 2)), 'mobilenetv2_cifar_sharedpp': {},
+    'lean_resnet': dict(layers=(1, 1, 1)), 'lean_resnext': dict(layers=(1, 1, 1)),
+    'lean_shared_resnet': dict(layers=(2, 2, 2)), 'lean_densenet': dict(layers=(2, 2, 2)),
+    'lean_efficientnet': dict(layers=(1, 1, 1))}
+
+
+def pytest_collection_modifyitems(items):
+    """`-m device` chooses the tests that run on every device there is."""
+    for item in items:
+        if 'device' in getattr(item, 'fixturenames', ()):
+            item.add_marker('device')
 
 
 def randomize_batchnorm(model: torch.nn.Module) -> torch.nn.Module:

@@ -26,10 +26,9 @@ def test_a_measured_table_replaces_only_its_own(bench_all, tmp_path, monkeypatch
     page = tmp_path / 'page.md'
     page.write_text('\n'.join(
         ['before', MARKS.format('cpu', 'old\n'), 'between', MARKS.format('cuda', 'gpu\n'), 'after\n']))
-    monkeypatch.setattr(bench_all, 'PARTS', (bench_all.criteria,))
     monkeypatch.setattr('timm.create_model', lambda name: torch.nn.Conv2d(64, 64, 3))
     for _ in range(2):  # the second run finds the first one's table
-        assert bench_all.main(['--device', 'cpu', '--repeats', '2', '--write', str(page)]) == 0
+        assert bench_all.main(['--device', 'cpu', '--only', 'criteria', '--repeats', '2', '--write', str(page)]) == 0
         text = page.read_text()
         assert text.startswith('before\n') and text.endswith('after\n') and 'between' in text and 'gpu' in text
         rows = re.findall(r'^\| eight criteria .* \| batched torch.linalg \| ([\d.]+) \| ([\d.]+) - ([\d.]+) \|$', text,
@@ -41,7 +40,7 @@ def test_a_measured_table_replaces_only_its_own(bench_all, tmp_path, monkeypatch
 
 def test_a_page_without_the_marks_is_refused_before_measuring(bench_all, tmp_path, monkeypatch):
     (tmp_path / 'page.md').write_text('nothing')
-    monkeypatch.setattr(bench_all, 'PARTS', (lambda args, x: pytest.fail('measured'),))
+    monkeypatch.setattr(bench_all, 'PARTS', {'one': lambda args, x: pytest.fail('measured')})
     with pytest.raises(LeanError, match='benchmark all, cpu'):
         bench_all.main(['--device', 'cpu', '--write', str(tmp_path / 'page.md')])
     assert (tmp_path / 'page.md').read_text() == 'nothing'

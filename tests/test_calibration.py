@@ -47,8 +47,8 @@ def error(model, original, x):
         return float((model(x) - y).norm() / y.norm())
 
 
-def test_pruned_kernels(images, unseen):
-    original = network()
+def test_pruned_kernels(images, unseen, device):
+    original, images, unseen = network().to(device), images.to(device), unseen.to(device)
     model = pruned(original)
     before = copy.deepcopy(model.state_dict())
     new = calibrate(model, original, images.split(20))
@@ -67,8 +67,8 @@ def test_pruned_kernels(images, unseen):
     assert 'layer1.0.conv1' in str(report) and report.to_dict()['rounds'] == 1
 
 
-def test_shared_bases(images, unseen):
-    original = network()
+def test_shared_bases(images, unseen, device):
+    original, images, unseen = network().to(device), images.to(device), unseen.to(device)
     model = share(original, shared_rank=12, unique_rank=1)
     new = calibrate(model, original, [images])
     assert error(new, original, unseen) < 0.8 * error(model, original, unseen)
@@ -76,7 +76,7 @@ def test_shared_bases(images, unseen):
     assert len({id(b.weight) for b in bases if b.num_filters == 12}) == 2
     assert new.layer1[0].conv1.basis is new.layer1[1].conv2.basis
     rows = new.layer1[0].conv1.basis.weight.detach().flatten(1)
-    assert torch.allclose(rows @ rows.T, torch.eye(12), atol=1e-5)
+    assert torch.allclose(rows @ rows.T, torch.eye(12, device=device), atol=1e-5)
     assert new.state_dict().keys() == model.state_dict().keys()
 
 

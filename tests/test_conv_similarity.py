@@ -55,10 +55,10 @@ KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1)]
 @pytest.mark.parametrize('pairs', ['all', 'adjacent'])
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('groups', [1, 2])
-def test_equals_brute_force(kernel, groups, pairs):
+def test_equals_brute_force(kernel, groups, pairs, device):
     weight = torch.randn(6, 2, *kernel, dtype=torch.float64)
     expected = brute_force(weight.numpy(), groups, pairs)
-    assert conv_similarity(weight, groups, pairs).item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    assert conv_similarity(weight.to(device), groups, pairs).item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

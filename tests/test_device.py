@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import FAMILIES, randomize_batchnorm
 from torch.testing import assert_close
 
 from timm_lean.calibration import calibrate
@@ -15,6 +16,22 @@ from timm_lean.regularizers import create_regularizer, list_regularizers
 
 def small():
     return timm.create_model('resnet32_cifar_s8u1', layers=(2, 1, 1), channels=(8, 8, 8), shared_rank=4)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_outputs_and_gradients_of_every_family(name, device):
+    """In eval mode, where batch norms do not amplify rounding."""
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, **FAMILIES[name]), torch.randn(2, 3, 32, 32)
+    randomize_batchnorm(model).eval()
+    found = []
+    for where, dtype in ((device, torch.float32), ('cpu', torch.float64)):
+        network = copy.deepcopy(model).to(where, dtype)
+        out = network(x.to(where, dtype))
+        F.cross_entropy(out, torch.arange(2, device=where)).backward()
+        found.append([out.detach().cpu().float(), *(p.grad.cpu().float() for p in network.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm() + 1e-7
 
 
 def test_loss_and_gradients_of_every_regularizer(device):

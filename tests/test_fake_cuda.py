@@ -10,9 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from conftest import FAMILIES
+from mmcv_calls import map_tensors, record_calls
 from timm.data import Mixup
 from timm.utils import model_ema
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_lean import mmcv_ext
@@ -24,13 +27,10 @@ from timm_lean.pruning import KernelPruner
 from timm_lean.regularizers import create_regularizer, list_regularizers
 from timm_lean.regularizers.conv_similarity import _basis
 from timm_lean.training import TrainConfig, data, engine
+from timm_lean.training.evaluate import evaluate
 from timm_lean.training.task import RegularizedTask
 
 CUDA = torch.device('cuda')
-FAMILIES = [
-    'resnet20_cifar', 'resnet32_cifar_s8u1', 'resnet34_s32u1_dual', 'resnet50_sharedpp', 'mobilenetv2_100_sharedpp',
-    'densenet121_cifar_s64u4', 'resnext50_cifar_s16u1', 'mobilenetv2_cifar_sharedpp', 'lean_densenet',
-    'lean_efficientnet']
 
 
 class Waits(TorchDispatchMode):
@@ -56,12 +56,12 @@ def waits():
 
 
 def small():
-    return timm.create_model('resnet32_cifar_s8u1', layers=(2, 2, 2))
+    return timm.create_model('resnet20_cifar', layers=(2,), channels=(16,), shared_rank=4, unique_rank=1)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_forward_of_one_network_per_family(name, waits):
-    model = timm.create_model(name)
+    model = timm.create_model(name, **FAMILIES[name])
     assert {p.device.type for p in model.parameters()} == {'cuda'}
     assert model(torch.randn(2, 3, 32, 32)).device.type == 'cuda'
     assert waits.count == 0
@@ -110,13 +110,31 @@ def test_mixing_loss_and_accuracy_do_not_wait(waits):
     assert waits.count == made
 
 
-def test_an_epoch_looks_at_the_loss_once_every_twenty_steps(tmp_path, monkeypatch):
-    """In steps 1, 21 and 41 of 41; within the steps, with an average and zeros to keep, nothing is read."""
+def test_an_evaluation_waits_at_its_end_only(waits):
+    found = []
+    for batches in (1, 5):
+        before = waits.count
+        loader = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) for _ in range(batches)]
+        evaluate(small(), loader, CUDA)
+        found.append(waits.count - before)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(('steps', 'expected', 'reads_per_step', 'options'), [
+    (41, [1, 21, 41], 0, dict(mixup=0.2, ema=True)),
+    (3, [1, 3], 0, dict(amp='bf16', channels_last=True, clip_grad=1., grad_accum=2)),
+    (3, [1, 3], 1, dict(amp='fp16', smoothing=0.1))])
+def test_an_epoch_looks_at_the_loss_once_every_twenty_steps(
+        steps, expected, reads_per_step, options, tmp_path, monkeypatch):
+    """In steps 1, 21 and 41 of 41; within the steps, with an average and zeros to keep, nothing is read.
+
+    torch's scaler of float16 gradients reads once a step whether it found infinite ones.
+    """
     config = TrainConfig.from_args(dict(
-        model='resnet32_cifar_s8u1', model_args=dict(layers=[2, 1, 1], channels=[8, 8, 8], shared_rank=4),
-        data='digits', img_size=8, train_images=41 * 4, batch_size=4, workers=0, epochs=1, cache=True, device='cpu',
-        opt='momentum', reg=['basis_ortho=10'], mixup=0.2, ema=True, prune=dict(criterion='weight', amount=0.3),
-        output=str(tmp_path / 'run')))
+        model='resnet20_cifar', model_args=dict(layers=[2], channels=[8], shared_rank=4, unique_rank=1),
+        data='digits', img_size=8, train_images=steps * 4, batch_size=4, workers=0, epochs=1, cache=True, device='cpu',
+        opt='momentum', reg=['basis_ortho=10'], prune=dict(criterion='weight', amount=0.3),
+        output=str(tmp_path / 'run'), **options))
     trainer = engine.Trainer(config, torch.device('cpu'))
     looks, reads, step, means = [], [], trainer._step, engine._means
 
@@ -129,16 +147,15 @@ def test_an_epoch_looks_at_the_loss_once_every_twenty_steps(tmp_path, monkeypatc
     monkeypatch.setattr(trainer, '_step', counted)
     monkeypatch.setattr(engine, '_means', lambda sums, done, images: looks.append(done) or means(sums, done, images))
     trainer._train_epoch(0)
-    assert looks == [1, 21, 41]
-    assert sum(reads[1:]) == 0, 'the first step prunes and looks for NaN'
+    assert looks == expected
+    assert set(reads[1:]) == {reads_per_step}, 'the first step prunes and looks for NaN'
 
 
 @pytest.mark.parametrize(('criterion', 'scope'), [('weight', 'global'), ('spectral_norm', 'layer'), ('det', 'filter')])
 def test_a_mask_update_stays_on_the_device(criterion, scope, waits):
     """Whatever it waits for: it happens once an epoch."""
-    model = timm.create_model('resnet32_cifar_s8u1', layers=(2, 1, 1))
     pruner = KernelPruner(
-        model, criterion=criterion, amount=0.5, scope=scope, min_keep=1., schedule='cubic', begin=0, end=10)
+        small(), criterion=criterion, amount=0.5, scope=scope, min_keep=1., schedule='cubic', begin=0, end=10)
     assert pruner.set_progress(0.) and pruner._kept, 'min_keep has something to give back'
     assert {dead.device.type for dead in pruner._dead.values()} == {'cuda'}
 
@@ -204,51 +221,17 @@ def test_loss_terms_of_the_hook_do_not_wait(waits):
 def test_operators_of_detectors_do_not_wait(monkeypatch):
     """Every call that forward and backward passes make of the stand-in on the CPU, repeated on the other device.
 
-    Not among them: those that choose boxes and RoI pooling make tensors whose size depends on values, and mmcv's carafe
-    has a backward pass on a real GPU only. Deformable attention waits for the sizes of its levels.
+    Deformable attention waits for the sizes of its levels. Left out are Soft-NMS, NMS-match and RoI pooling, which go
+    by values.
     """
-    pytest.importorskip('mmcv')
-    assert mmcv_ext.install()
-    from mmcv import _ext, ops
-    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
-    calls = {}
-
-    def recorded(name, function):
-        return lambda *args, **kwargs: calls.setdefault(name, (function, args, kwargs)) and function(*args, **kwargs)
-
-    names = {name for part in mmcv_ext.SUPPORTED.values() for name in part}
-    for name in names:
-        monkeypatch.setattr(_ext, name, recorded(name, getattr(_ext, name)))
-
-    def rand(*shape):
-        return torch.rand(shape, requires_grad=True)
-
-    x, rois, target = rand(2, 4, 8, 8), torch.tensor([[0, 0., 0, 6, 6], [1, 1, 1, 7, 7]]), torch.tensor([0, 1, 2])
-    outputs = [
-        ops.roi_align(x, rois, (2, 2), 1., 2, 'avg', True), ops.roi_pool(x, rois, (2, 2)),
-        ops.deform_conv2d(x, rand(2, 18, 8, 8), rand(4, 4, 3, 3), 1, 1),
-        ops.modulated_deform_conv2d(x, rand(2, 18, 8, 8), rand(2, 9, 8, 8), rand(4, 4, 3, 3), rand(4), 1, 1),
-        ops.sigmoid_focal_loss(rand(3, 4), target, 2., 0.25, None, 'mean'),
-        ops.softmax_focal_loss(rand(3, 4), target, 2., 0.25, None, 'mean'),
-        MultiScaleDeformableAttnFunction.apply(
-            rand(1, 2, 2, 4), torch.ones(2, 2, dtype=torch.long), torch.arange(2), rand(1, 3, 2, 2, 4, 2),
-            rand(1, 3, 2, 2, 4), 64)]
-    sum(output.sum() for output in outputs).backward()
-    with torch.no_grad():
-        ops.carafe(x, rand(2, 9, 16, 16), 3, 1, 2)
-        ops.carafe_naive(x, rand(2, 9, 16, 16), 3, 1, 2)
-        ops.masked_conv.masked_conv2d(x[:1], torch.ones(1, 8, 8), rand(4, 4, 3, 3), rand(4), 1)
-        ops.bbox_overlaps(rois[:, 1:], rois[:, 1:])
-    assert names - calls.keys() == {'nms', 'softnms', 'nms_match', 'carafe_backward', 'carafe_naive_backward'}
-
-    def fake(value):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if torch.is_tensor(value) else value
-
+    calls = record_calls(monkeypatch)
+    assert calls.keys() == {name for part in mmcv_ext.SUPPORTED.values() for name in part}
     found = {}
-    with FakeTensorMode(), CUDA:
-        calls.pop('roi_pool_forward')
-        for name, (function, args, kwargs) in calls.items():
+    with FakeTensorMode(shape_env=ShapeEnv()), CUDA:
+        for name in calls.keys() - {'softnms', 'nms_match', 'roi_pool_forward'}:
+            function, args, kwargs = map_tensors(
+                calls[name], lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
             with Waits() as mode:
-                function(*map(fake, args), **{key: fake(value) for key, value in kwargs.items()})
+                function(*args, **kwargs)
             found[name] = mode.count
     assert {name for name, count in found.items() if count} == {'ms_deform_attn_forward', 'ms_deform_attn_backward'}

@@ -73,7 +73,7 @@ def numpy_value(kernel: np.ndarray, criterion: str) -> float:
 
 
 @pytest.mark.parametrize('criterion', CRITERIA)
-def test_threshold_prunes_what_the_paper_prunes(criterion):
+def test_threshold_prunes_what_the_paper_prunes(criterion, device):
     model = thin()
     conv = model.layer1[0].conv1
     with torch.no_grad():  # kernels of very different size around the threshold
@@ -81,7 +81,7 @@ def test_threshold_prunes_what_the_paper_prunes(criterion):
     kernels = conv.weight.detach().flatten(0, 1).numpy()
     limit = {'det': 1e-4 ** 3, 'det_gram': 1e-4 ** 6}.get(criterion, 1e-4)
     expected = [numpy_value(k, criterion) < limit for k in kernels]
-    KernelPruner(model, criterion=criterion, threshold=1e-4, min_keep=0).prune()
+    KernelPruner(model.to(device), criterion=criterion, threshold=1e-4, min_keep=0).prune()
     found = dead(model)['layer1.0.conv1'].flatten().tolist()
     assert found == expected
     assert 10 < sum(expected) < 250
@@ -89,8 +89,8 @@ def test_threshold_prunes_what_the_paper_prunes(criterion):
 
 @pytest.mark.parametrize('criterion', [*CRITERIA, 'trace', 'random'])
 @pytest.mark.parametrize('scope', ['global', 'layer', 'filter'])
-def test_amount_is_met_exactly(criterion, scope):
-    model = thin()
+def test_amount_is_met_exactly(criterion, scope, device):
+    model = thin().to(device)
     counts = {name: m.shape for name, m in dead(model).items()}
     report = KernelPruner(model, criterion=criterion, amount=0.6, scope=scope, min_keep=0).prune()
     masks = dead(model)
@@ -225,16 +225,16 @@ def test_momentum_and_weight_decay_revive_nothing(name, attach):
         assert share(model) < 0.1, 'the test would notice a revival'
 
 
-def test_under_amp_with_a_grad_scaler():
-    model = thin()
+def test_under_amp_with_a_grad_scaler(device):
+    model = thin().to(device)
     optimizer = OPTIMIZERS['sgd'](model.parameters())
     pruner = KernelPruner(model, criterion='weight', amount=0.5)
     pruner.attach(optimizer)
     pruner.prune()
-    scaler = torch.amp.GradScaler('cpu')
+    scaler = torch.amp.GradScaler(device.type)
     for _ in range(3):
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = model(torch.randn(4, 3, 16, 16)).float().square().mean()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(torch.randn(4, 3, 16, 16, device=device)).float().square().mean()
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -115,7 +115,7 @@ def size_divisor(name: str, x: torch.Tensor, out: torch.Tensor) -> int:
 def loss_and_grads(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     out = model(x)
-    F.cross_entropy(out, torch.arange(len(x))).backward()
+    F.cross_entropy(out, torch.arange(len(x), device=x.device)).backward()
     return out.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}
 
 
@@ -152,9 +152,9 @@ def test_forward(model, x):
     assert out.isfinite().all()
 
 
-def test_backward_reaches_every_parameter(create):
+def test_backward_reaches_every_parameter(create, device):
     model = create(num_classes=42).train()
-    out, grads = loss_and_grads(model, images(model))
+    out, grads = loss_and_grads(model.to(device), images(model).to(device))
     assert out.shape[-1] == 42
     assert out.isfinite().all()
     assert grads.keys() == dict(model.named_parameters()).keys()
@@ -467,31 +467,33 @@ def test_ema_averages_every_parameter_and_basis_once(model):
         torch.testing.assert_close(p, before[k] + 0.25, rtol=0, atol=1e-5)
 
 
-def test_channels_last(model, x):
+def test_channels_last(model, x, device):
     expected = model(x)
-    model.to(memory_format=torch.channels_last)
-    out = model(x.contiguous(memory_format=torch.channels_last))
-    assert_close(out, expected)
+    model.to(device, memory_format=torch.channels_last)
+    out = model(x.to(device, memory_format=torch.channels_last))
+    assert_close(out.cpu(), expected)
     assert len(model.state_dict()) == len(set(model.state_dict()))
     assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
 
 
 @few_fast
-def test_bf16_autocast_trains_and_stays_close(model, x):
+def test_bf16_autocast_trains_and_stays_close(model, x, device):
     expected = model(x)
-    with torch.autocast('cpu', torch.bfloat16):
+    model, x = model.to(device), x.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
         out = model(x)
     assert out.dtype is torch.bfloat16
-    assert F.cosine_similarity(out.float(), expected).min() > 0.98
-    with torch.autocast('cpu', torch.bfloat16):
-        loss = F.cross_entropy(model.train()(x), torch.arange(2))
+    assert F.cosine_similarity(out.cpu().float(), expected).min() > 0.98
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = F.cross_entropy(model.train()(x), torch.arange(2, device=device))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @few_fast
-def test_compile_gives_the_same_result(model, x):
+def test_compile_gives_the_same_result(model, x, device):
     torch._dynamo.reset()
+    model, x = model.to(device), x.to(device)
     with torch.no_grad():
         assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
 

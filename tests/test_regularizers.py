@@ -93,10 +93,11 @@ def definition(model: nn.Module, include_unique: bool = False, by_conv: bool = F
 @pytest.mark.parametrize('kwargs', [
     dict(shared_rank=4, unique_rank=1), dict(shared_rank=4, unique_rank=1, dual=True),
     dict(shared_rank=6, unique_rank=0), dict(shared_rank=3, unique_rank=3, dual=True)])
-def test_basis_ortho_is_the_definition(kwargs, include_unique):
+def test_basis_ortho_is_the_definition(kwargs, include_unique, device):
     model = model_of(**kwargs)
     reg = create_regularizer('basis_ortho', weight=10.0, include_unique=include_unique)
     expected = definition(model, include_unique)
+    model.to(device)
     assert expected > 1e-3
     assert reg.raw(model).item() == pytest.approx(expected, rel=1e-4)
     assert reg(model).item() == pytest.approx(10 * expected, rel=1e-4)

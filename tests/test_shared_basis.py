@@ -86,12 +86,12 @@ def test_save_file_takes_the_plain_state_dict(tmp_path):
 
 
 @pytest.mark.parametrize('dual', [True, False])
-def test_every_layer_of_the_group_trains_the_basis(dual):
-    model = small(dual=dual).double()
+def test_every_layer_of_the_group_trains_the_basis(dual, device):
+    model = small(dual=dual).to(device, torch.float64)
     unshared = copy.deepcopy(model)
     for layer in shared_layers(unshared):
         layer.basis = copy.deepcopy(layer.basis)
-    x, target = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.arange(4)
+    x, target = torch.randn(4, 3, 16, 16, dtype=torch.float64, device=device), torch.arange(4, device=device)
     F.cross_entropy(model(x), target).backward()
     F.cross_entropy(unshared(x), target).backward()
     parts: dict[int, list[torch.Tensor]] = {}
@@ -158,11 +158,11 @@ def test_a_basis_is_still_one_tensor_after(change):
     torch.testing.assert_close(new(x), expected)
 
 
-def test_an_optimizer_step_moves_every_layer_of_the_group():
-    model = small()
+def test_an_optimizer_step_moves_every_layer_of_the_group(device):
+    model = small().to(device)
     before = model.layer1[1].conv1.basis.weight.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.arange(2)).backward()
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32, device=device)), torch.arange(2, device=device)).backward()
     optimizer.step()
     for block in list(model.layer1)[1:]:
         assert not torch.equal(block.conv1.basis.weight, before)
@@ -415,14 +415,14 @@ def test_joint_initialization_of_banks(counts):
 # --- folding ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_fold_is_exact_and_leaves_no_shared_layer(name):
-    model = randomize_batchnorm(timm.create_model(name)).eval()
+def test_fold_is_exact_and_leaves_no_shared_layer(name, device):
+    model = randomize_batchnorm(timm.create_model(name)).to(device).eval()
     size = min(model.default_cfg['input_size'][-1], 64)
     folded = fold(model)
     assert shared_layers(model) and not shared_layers(folded)
     assert not folded.training
     assert folded.lean_report.left == ()
-    assert_fold_is_exact(folded, model, torch.randn(2, 3, size, size))
+    assert_fold_is_exact(folded, model, torch.randn(2, 3, size, size, device=device))
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -110,8 +110,8 @@ def assert_same_tensors(a, b):
     dict(channels_last=True, decay_all=True, sched='multistep', milestones=[1]),
     dict(opt='adamw', lr=1e-3, warmup_epochs=1, smoothing=0.1, aug='none'),
 ], ids=lambda o: '-'.join(o))
-def test_every_option_trains_and_loads(tmp_path, options):
-    train(small(tmp_path, **options))
+def test_every_option_trains_and_loads(tmp_path, options, device):
+    train(small(tmp_path, **options, device=str(device)))
     model = load_model(tmp_path / 'run' / 'last.safetensors')
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -1,7 +1,7 @@
 """One table of ratios against anchors measured in the same run: all that this project claims about time.
 
     python tools/benchmark.py all --write docs/benchmarks.md
-    python tools/benchmark.py all --device cuda --batch-size 128 --img-size 224 --write docs/benchmarks.md
+    python tools/benchmark.py all --device cuda --batch-size 128 --img-size 224 --amp bf16 --channels-last --compile
 
 A ratio is the median, over interleaved rounds, of one form's time divided by its anchor's in the same round, with the
 quartiles behind it; below 1 is faster than the anchor. --write puts the table, with hardware and date, in the place of
@@ -9,6 +9,7 @@ the file's earlier one for this kind of device.
 """
 import argparse
 import datetime
+import json
 import statistics
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from timm_lean.measure.timing import hardware, time_in_turn
 from timm_lean.pruning import SpectralImportance, all_scores, prune_channels
 from timm_lean.pruning.graph import build_graph, channel_groups
 from timm_lean.regularizers import create_regularizer
-from timm_lean.training.device import resolve_device
+from timm_lean.training.device import check_compiler, resolve_device
 
 Forms = dict[str, Callable[[], Any]]
 
@@ -48,6 +49,22 @@ class Ratio(NamedTuple):
     median: float
     low: float
     high: float
+    macs: float | None = None  # the form's share of its anchor's MACs, where that is not 1
+
+
+def ready(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """A model on the device, in the memory format and compiled as the options say."""
+    model.to(args.device, memory_format=torch.channels_last if args.channels_last else None)  # type: ignore[call-overload]
+    # one graph or an error: a network that falls back to Python must not be timed as compiled
+    return torch.compile(model, backend=args.compile, fullgraph=True, dynamic=False) if args.compile else model
+
+
+def step_of(model: nn.Module, x: torch.Tensor, args: argparse.Namespace) -> Callable[[], None]:
+    return training_step(ready(model, args), x, bool(args.amp))
+
+
+def pass_of(model: nn.Module, x: torch.Tensor, args: argparse.Namespace) -> Callable[[], None]:
+    return inference(ready(model, args), x, bool(args.amp))
 
 
 def ratios(forms: Forms, pairs: Sequence[tuple[str, str]], repeats: int, device: torch.device) -> list[Ratio]:
@@ -60,9 +77,16 @@ def ratios(forms: Forms, pairs: Sequence[tuple[str, str]], repeats: int, device:
     return rows
 
 
-def with_backward(regularizer: Any, model: nn.Module) -> Callable[[], None]:
+def with_backward(regularizer: Any, model: nn.Module, args: argparse.Namespace) -> Callable[[], None]:
+    def term() -> torch.Tensor:
+        return regularizer(model)
+
+    model.to(args.device)
+    term()  # finds its layers and looks for NaN, outside a graph
+    work = torch.compile(term, backend=args.compile, fullgraph=True) if args.compile else term
+
     def run() -> None:
-        regularizer(model).backward()
+        work().backward()
         model.zero_grad()
     return run
 
@@ -70,15 +94,15 @@ def with_backward(regularizer: Any, model: nn.Module) -> Callable[[], None]:
 def shared_bases(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     name, dense = 'resnet34_s32u1', 'resnet34'
     models = {'': timm.create_model(name), ', naive form': naive_form(timm.create_model(name))}
-    steps: Forms = {f'training step of {name}{k}': training_step(m, x) for k, m in models.items()}
-    steps[f'training step of {dense}'] = training_step(timm.create_model(dense), x)
+    steps: Forms = {f'training step of {name}{k}': step_of(m, x, args) for k, m in models.items()}
+    steps[f'training step of {dense}'] = step_of(timm.create_model(dense), x, args)
     first, naive, plain = steps
     reg = 'basis_ortho'
-    steps[reg] = with_backward(create_regularizer(reg), models[''])
+    steps[reg] = with_backward(create_regularizer(reg), models[''], args)
     rows = ratios(steps, [(first, naive), (first, plain), (reg, first)], args.repeats, x.device)
-    forms: Forms = {f'inference of {name}': inference(models[''], x),
-                    f'inference of {name}, folded': inference(timm_lean.fold(models[''].eval()), x),
-                    f'inference of {dense}': inference(timm.create_model(dense), x)}
+    forms: Forms = {f'inference of {name}': pass_of(models[''], x, args),
+                    f'inference of {name}, folded': pass_of(timm_lean.fold(models[''].eval()), x, args),
+                    f'inference of {dense}': pass_of(timm.create_model(dense), x, args)}
     first, folded, plain = forms
     return rows + ratios(forms, [(first, plain), (folded, plain)], args.repeats, x.device)
 
@@ -91,17 +115,17 @@ def conversion(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
         macs = count_macs(converted, x.shape) / count_macs(dense, x.shape)
         ours, anchor = (f'training step of {name}, converted to half its parameters, {macs:.2f}x the MACs',
                         f'training step of {name}')
-        rows += ratios({ours: training_step(converted, x), anchor: training_step(dense, x)}, [(ours, anchor)],
+        rows += ratios({ours: step_of(converted, x, args), anchor: step_of(dense, x, args)}, [(ours, anchor)],
                        args.repeats, x.device)
     return rows
 
 
 def regularizers(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
-    model = timm.create_model('resnet50').to(x.device)
+    model = timm.create_model('resnet50')
     step = 'training step of resnet50'
-    forms: Forms = {step: training_step(model, x)}
+    forms: Forms = {step: step_of(model, x, args)}
     for name in ('conv_similarity', 'kernel_ortho'):
-        forms[name] = with_backward(create_regularizer(name), model)
+        forms[name] = with_backward(create_regularizer(name), model, args)
     return ratios(forms, [(name, step) for name in forms if name != step], args.repeats, x.device)
 
 
@@ -125,9 +149,14 @@ def channel_pruning(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
     rows = ratios(forms, [(ours, anchor)], args.repeats, x.device)
     pruned = prune_channels(dense, x[:1], pruning_ratio=args.prune_ratio)
     macs = count_macs(pruned, x.shape) / count_macs(dense, x.shape)
-    name = f'inference of resnet50 with {100 * macs:.0f} % of its MACs'
-    forms = {name: inference(pruned, x), 'inference of resnet50': inference(dense, x)}
-    return rows + ratios(forms, [(name, 'inference of resnet50')], args.repeats, x.device)
+    for batch_size in args.batches or [len(x)]:
+        batch = x[:1].repeat(batch_size, 1, 1, 1)
+        size = f', batch {batch_size}' if args.batches else ''
+        ours = f'inference of resnet50 with {100 * macs:.0f} % of its MACs{size}'
+        anchor = f'inference of resnet50{size}'
+        forms = {ours: pass_of(pruned, batch, args), anchor: pass_of(dense, batch, args)}
+        rows += [row._replace(macs=macs) for row in ratios(forms, [(ours, anchor)], args.repeats, x.device)]
+    return rows
 
 
 def entropy(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
@@ -140,17 +169,26 @@ def entropy(args: argparse.Namespace, x: torch.Tensor) -> list[Ratio]:
         return ratios(forms, [(ours, anchor)], min(args.repeats, 7), torch.device('cpu'))
 
 
-PARTS = (shared_bases, conversion, regularizers, criteria, channel_pruning, entropy)
+PARTS = {part.__name__: part for part in (
+    shared_bases, conversion, regularizers, criteria, channel_pruning, entropy)}
 
 
 def run(args: argparse.Namespace) -> Iterator[Ratio]:
     """The lines of the table, as they are measured."""
-    device = resolve_device(args.device)
     torch.manual_seed(0)
-    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    for part in PARTS:
-        if args.only in (None, part.__name__):
-            yield from part(args, x)
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for name in args.only or PARTS:
+        torch.compiler.reset()  # what is compiled for one part is in the way of the next
+        yield from PARTS[name](args, x)
+
+
+def setting(args: argparse.Namespace) -> str:
+    """Precision, memory format and compilation, in words."""
+    backend = '' if args.compile in (None, 'inductor') else f' by {args.compile}'
+    return ', '.join(filter(None, [
+        args.amp or 'fp32', 'channels last' * args.channels_last, f'compiled{backend}' * bool(args.compile)]))
 
 
 def format_rows(rows: Sequence[Ratio]) -> str:
@@ -178,27 +216,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--batch-size', type=int, default=8)
     p.add_argument('--img-size', type=int, default=128)
     p.add_argument('--repeats', type=int, default=20)
+    p.add_argument('--only', nargs='+', choices=PARTS, metavar='PART', help=f'of {", ".join(PARTS)}')
+    p.add_argument('--amp', choices=['bf16'], default='', help='forward passes in bfloat16')
+    p.add_argument('--channels-last', action='store_true')
+    p.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the networks')
+    p.add_argument('--batches', type=int, nargs='+', help='batch sizes of the pruned network (default: --batch-size)')
     p.add_argument('--prune-ratio', type=float, default=0.3, help='share of the channels of resnet50 removed')
     p.add_argument('--workers', type=int, default=2, help='processes that read images')
-    p.add_argument('--only', choices=[part.__name__ for part in PARTS], help='one part of the table')
     p.add_argument('--write', metavar='FILE', type=Path, help='also put the table into this Markdown file')
+    p.add_argument('--json', metavar='FILE', type=Path, help='also write the rows to this file')
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    device = resolve_device(args.device)
+    device = args.device = resolve_device(args.device)
+    if args.compile:
+        check_compiler(device)
     if args.write:
         split_page(args.write, device.type)  # fails before minutes of measuring
     head = (f'{datetime.date.today()}, {hardware(device)}, batch {args.batch_size} at {args.img_size} px, '
-            f'{args.repeats} interleaved repeats.')
+            f'{setting(args)}, {args.repeats} interleaved repeats.')
     print(head, flush=True)
     rows = []
     for row in run(args):
         rows.append(row)
         print(f'{row.what} / {row.anchor}: {row.median:.3f}', flush=True)
     text = f'{head}\n\n```\npython tools/benchmark.py all {" ".join(argv)}\n```\n\n{format_rows(rows)}'
+    if args.json:
+        args.json.write_text(json.dumps([{**row._asdict(), 'setting': setting(args)} for row in rows]))
     if args.write:
         before, after = split_page(args.write, device.type)
         with atomic_file(args.write) as temporary:
