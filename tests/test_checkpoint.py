@@ -445,7 +445,7 @@ def test_bad_steps(good, tmp_path, steps, words):
     refused(tmp_path / 'm.safetensors', with_entry(good.read_bytes(), steps=steps), words)
 
 
-@pytest.mark.parametrize('version', [2, 0, '1', None, [1], 1e300])
+@pytest.mark.parametrize('version', [3, 0, '1', None, [1], 1e300])
 def test_another_format_version(good, tmp_path, version):
     refused(tmp_path / 'm.safetensors', with_entry(good.read_bytes(), format=version), 'format.*this version reads 1')
 

@@ -8,6 +8,7 @@ from .opening import data_options, finish, is_detector, open_model, progress
 HELP = 'write a checkpoint in another form'
 
 _CHECK_IMAGES = 8
+_INT8_CALIBRATION, _INT8_CHECK = 512, 1000  # images
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -18,11 +19,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
                    help='fold shared bases into dense convolutions first; auto: only where faster here')
     p.add_argument('--onnx', metavar='FILE', help='ONNX file with a dynamic batch size')
+    p.add_argument('--int8', action='store_true',
+                   help='--onnx FILE in int8: ranges from training images, answers compared on others')
     p.add_argument('--torch-export', metavar='FILE', help='torch.export file (.pt2) with a dynamic batch size')
     p.add_argument('--half', action='store_true', help='store float16 tensors (-o and --hf-dir)')
+    p.add_argument('--weights', choices=['float', 'int8'],
+                   help='how -o and --det-dir store weights: int8, with a scale per filter')
     p.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     p.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
-    add_data(p.add_argument_group('images to check --onnx and --torch-export with'))
+    add_data(p.add_argument_group('images to check --onnx and --torch-export with, and for --int8'))
     add_json(p)
 
 
@@ -48,15 +53,23 @@ def _export_classifier(args: argparse.Namespace) -> None:
                         '--det-dir DIR for a detector.')
     if args.half and not (args.output or args.hf_dir):
         raise LeanError('--half is for -o FILE and --hf-dir DIR; give one of them.')
+    if args.weights == 'int8' and (args.half or not args.output):
+        raise LeanError('--weights int8 is for -o FILE, without --half: the scales are float32.')
+    if args.int8 and not args.onnx:
+        raise LeanError('--int8 is for --onnx FILE; for a checkpoint in int8 give -o FILE --weights int8.')
     _check_files(args)
     options = data_options(args)
     model = open_model(args)
     channels, *size = get_model_input_config(model)['input_size']
     shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
-    images = None
+    images = int8_images = None
     if args.onnx or args.torch_export:  # images that cannot be had are an error before anything is written
         loader = open_eval_loader(model, **{**options, 'batch_size': _CHECK_IMAGES, 'workers': 0, 'device': 'cpu'})
         images = next(iter(loader))[0]
+    if args.int8:
+        int8_images = [open_eval_loader(model, **{'batch_size': 64, **options, 'workers': 0, 'device': 'cpu'},
+                                        split=split, limit=limit)
+                       for split, limit in (('train', _INT8_CALIBRATION), ('eval', _INT8_CHECK))]
     forms = [Form.of_file(args.model, model, options['device'])]
     with progress(args):
         model, folded = fold_as_asked(model, args.fold, shape, options['device'])
@@ -64,16 +77,19 @@ def _export_classifier(args: argparse.Namespace) -> None:
             print(folded)
         stored = half(model) if args.half else model
         if args.output:
-            save_model(stored, args.output)
-            forms.append(Form.of_file(args.output, load_model(args.output), options['device'],
-                                      args.output + (', float16' if args.half else '')))
+            rounding = save_model(stored, args.output, **given(args, 'weights'))
+            if rounding is not None:
+                print(rounding)
+            kind = ', float16' if args.half else ', int8' if rounding is not None else ''
+            forms.append(Form.of_file(args.output, load_model(args.output), options['device'], args.output + kind))
             print(f'{args.output}: {human_bytes(forms[-1].bytes or 0)}, {count_params(model):,} parameters')
         if args.hf_dir:
             save_hf_dir(stored, args.hf_dir)
             print(f"{args.hf_dir}: import timm, timm_lean; "
                   f"timm.create_model('local-dir:{args.hf_dir}', pretrained=True)")
         if images is not None:
-            written = write_forms(model.to('cpu'), images, onnx=args.onnx, torch_export=args.torch_export)
+            written = write_forms(model.to('cpu'), images, onnx=args.onnx, torch_export=args.torch_export,
+                                  int8=int8_images)
             print(*(form.note for form in written), sep='\n')
             forms += written
     _finish_forms(args, forms, shape)
@@ -81,9 +97,11 @@ def _export_classifier(args: argparse.Namespace) -> None:
 
 def _export_detector(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
-    if args.output or args.hf_dir or args.half:
-        raise LeanError(f'{args.model} is a detector: -o, --hf-dir and --half are for classification. Give --det-dir '
-                        'DIR for the whole detector, --onnx FILE or --torch-export FILE for its backbone.')
+    if args.output or args.hf_dir or args.half or args.int8:
+        raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half and --int8 are for classification. Give '
+                        '--det-dir DIR for the whole detector, --onnx FILE or --torch-export FILE for its backbone.')
+    if args.weights and not args.det_dir:
+        raise LeanError('--weights is for --det-dir DIR: the backbone in --onnx and --torch-export is in float32.')
     if not (args.det_dir or args.onnx or args.torch_export):
         raise LeanError(f'{args.model} is a detector: give --det-dir DIR for the whole of it, --onnx FILE or '
                         '--torch-export FILE for its backbone.')
@@ -102,7 +120,8 @@ def _export_detector(args: argparse.Namespace) -> None:
             print(forms)
             result['forms'] = _as_data(forms.forms, forms.times)
         if args.det_dir:
-            folder = export_detector(args.det_config, args.model, args.det_dir, **given(args, 'trust_imports'))
+            folder = export_detector(
+                args.det_config, args.model, args.det_dir, **given(args, 'trust_imports', 'weights'))
             print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
             result['det_dir'] = str(folder)
     if args.json:

@@ -24,16 +24,18 @@ from timm_lean.errors import CheckpointError, LeanError
 
 from .allocate import allocate, skeleton
 from .files import atomic_dir, atomic_file
-from .limits import check_header_size, check_tensors, parse_entry
-from .packing import pack, packed_shapes, unpack
+from .int8 import Int8Report
+from .limits import check_header_size, parse_entry
 from .pretrained_cfg import clean_pretrained_cfg
 from .recipe import LEAN_ENTRY, Recipe, build, has_step, lost_zeros, note_zeros, recipe_of, zero_kernels
+from .stored import Stored, store
 
 __all__ = [
     'load_any', 'load_model', 'read_header', 'read_recipe', 'save_hf_dir', 'save_model', 'set_head',
     'warn_of_lost_zeros']
 
 FORMAT_VERSION = 1
+INT8_VERSION = 2  # of files with int8 weights, which versions before them cannot read
 _logger = logging.getLogger(__name__)
 MODEL_KEY = 'timm_lean'
 PRUNED_STEP = 'prune_kernels'
@@ -44,7 +46,9 @@ RUNTIME_ARGS = {
     'dtype', 'scriptable', 'exportable', 'no_jit'}
 
 
-def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
+def save_model(
+        model: nn.Module, path: str | Path, packed: bool = True, *, weights: str = 'float',
+) -> Int8Report | None:
     """Write a model to one self-describing `.safetensors` file, atomically.
 
     Args:
@@ -53,9 +57,15 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         path: The file to write.
         packed: Of convolutions store the kernels that pruning left only, if kernels were pruned and the file gets
             smaller. Readers other than `load_model` need plain tensors: save with False, or by `save_hf_dir`.
+        weights: 'float', as they are, or 'int8' with a float scale for each filter: a quarter of the size, rounded.
+            `load_model` gives floats in any case.
+
+    Returns:
+        For int8 the error of each weight, else None.
 
     Raises:
         CheckpointError: The model cannot be rebuilt from its name and arguments, so the file would not load.
+        LeanError: Weights that are not finite as int8, or another name for `weights`.
         OutputError: The disk is full.
     """
     model = unwrap_model(model)
@@ -70,20 +80,19 @@ def save_model(model: nn.Module, path: str | Path, packed: bool = True) -> None:
         {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'},  # type: ignore[union-attr, operator]
         remove_source=True, remove_null=True)
     cfg = dict(sorted(clean_pretrained_cfg(cfg).items()))
+    tensors, storage, report = store(tensors, weights, packed and has_step(model, PRUNED_STEP))
     header = {
-        'format': FORMAT_VERSION,
+        'format': INT8_VERSION if 'int8' in storage else FORMAT_VERSION,
         'architecture': recipe.architecture,
         'model_args': recipe.model_args,
         'steps': recipe.steps,
         'pretrained_cfg': {**cfg, 'num_classes': getattr(model, 'num_classes', None)},
+        **storage,
     }
-    if packed and has_step(model, PRUNED_STEP):
-        tensors, shapes = pack(tensors)
-        if shapes:
-            header['packed'] = shapes
     with atomic_file(path) as temporary:
         # one entry only: safetensors writes several in an order that changes from run to run
         save_file(tensors, temporary, metadata={MODEL_KEY: json.dumps(header)})
+    return report
 
 
 def warn_of_lost_zeros(model: nn.Module, steps: list[dict[str, Any]]) -> None:
@@ -131,13 +140,9 @@ def load_model(
     recipe = _recipe(header)
     try:
         with safe_open(path, framework='pt') as f:
-            packed = header.get('packed', {})
-            names = f.keys()
-            check_tensors(names)
-            shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in names}, packed)
-            model = allocate(recipe, shapes, str(path))
-            tensors = {k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes}
-            model.load_state_dict(tensors)
+            stored = Stored(f, header)
+            model = allocate(recipe, stored.shapes, str(path))
+            model.load_state_dict(stored.tensors())
         if has_step(model, PRUNED_STEP):
             note_zeros(model)
         cfg = clean_pretrained_cfg(header['pretrained_cfg'])
@@ -261,10 +266,10 @@ def read_header(path: str | Path) -> dict[str, Any]:
             f'timm.create_model(NAME, checkpoint_path={str(path)!r}), then save it by timm_lean.save_model.')
     header = parse_entry(metadata[MODEL_KEY], f'{path}: the timm-lean header')
     expected = {'architecture': str, 'model_args': dict, 'steps': list, 'pretrained_cfg': dict}
-    if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
+    if not isinstance(header, dict) or header.get('format') not in (FORMAT_VERSION, INT8_VERSION):
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
-        raise CheckpointError(f'{path} has timm-lean format {version}; this version reads {FORMAT_VERSION}. '
-                              'Update timm-lean if the file is newer.')
+        raise CheckpointError(f'{path} has timm-lean format {version}; this version reads {FORMAT_VERSION} and '
+                              f'{INT8_VERSION}. Update timm-lean if the file is newer.')
     for key, kind in expected.items():
         if not isinstance(header.get(key), kind):
             raise CheckpointError(f'{path} has a damaged timm-lean header: {key!r} should be a {kind.__name__}, '

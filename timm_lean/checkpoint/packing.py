@@ -12,6 +12,8 @@ import torch
 
 from timm_lean.errors import CheckpointError
 
+from .int8 import INT8
+
 __all__ = ['pack', 'packed_shapes', 'unpack']
 
 _KERNELS, _MASK = '::kernels', '::mask'
@@ -34,7 +36,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     stored: dict[str, torch.Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
-        parts = _pack_one(tensor)
+        parts = _pack_one(name, tensor)
         if parts is None:
             stored[name] = tensor
         else:
@@ -70,7 +72,7 @@ def packed_shapes(stored: Mapping[str, tuple[int, ...]], shapes: Any) -> dict[st
         if len(kernels) != 3 or kernels[1:] != tuple(shape[2:]) or kernels[0] > count or mask != (-(-count // 8),):
             raise CheckpointError(f'The packed tensor {name!r} of shape {shape} has kernels {list(kernels)} and a mask '
                                   f'{list(mask)} of bytes, which do not fit.')
-        if count * size > _MAX_RATIO * (kernels[0] * size + mask[0]):
+        if count * size > _max_ratio(name) * (kernels[0] * size + mask[0]):
             raise CheckpointError(f'The packed tensor {name!r} claims {count * size:,} entries for {kernels[0]:,} '
                                   'kernels; the file is damaged.')
         result[name] = tuple(shape)
@@ -102,9 +104,14 @@ def unpack(name: str, shape: list[int], get: Callable[[str], torch.Tensor]) -> t
     return dense.view(shape)
 
 
-def _pack_one(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _max_ratio(name: str) -> int:
+    """Entries that one entry or byte of mask in the file may become: those of int8 grow to four bytes besides."""
+    return _MAX_RATIO // 4 if name.endswith(INT8) else _MAX_RATIO
+
+
+def _pack_one(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Live kernels and mask of a convolution weight, None if they are not smaller."""
-    if tensor.ndim != 4 or not tensor.is_floating_point() or not tensor.numel():
+    if tensor.ndim != 4 or not tensor.numel() or not (tensor.is_floating_point() or tensor.dtype == torch.int8):
         return None
     rows = tensor.flatten(0, 1)
     # compared as bytes, so that -0.0 is not taken for zero
@@ -112,7 +119,7 @@ def _pack_one(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     data = rows.flatten(1).clone(memory_format=torch.contiguous_format)
     live = data.view(torch.uint8).any(1).bool()
     count, size = len(rows), rows[0].numel()
-    missing = math.ceil((count * size / _MAX_RATIO - -(-count // 8)) / size) - int(live.sum())
+    missing = math.ceil((count * size / _max_ratio(name) - -(-count // 8)) / size) - int(live.sum())
     if missing > 0:
         live[(~live).nonzero()[:missing, 0]] = True
     padded = torch.zeros(-(-count // 8) * 8, dtype=torch.uint8, device=tensor.device)

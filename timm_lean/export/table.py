@@ -1,7 +1,8 @@
 """The forms of one model beside each other: what was written, how large it is, how fast it runs."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -9,6 +10,7 @@ import torch.nn as nn
 from timm_lean.measure import human_bytes, measure_latency
 
 from .forms import onnx_form, save_onnx, save_torch_export, torch_export_form
+from .int8 import save_onnx_int8
 
 __all__ = ['Form', 'format_forms', 'time_forms', 'write_forms']
 
@@ -45,6 +47,7 @@ def write_forms(
         *,
         onnx: str | Path | None = None,
         torch_export: str | Path | None = None,
+        int8: Sequence[Iterable[Any]] | None = None,
 ) -> list[Form]:
     """Write a model as ONNX and by torch.export, whichever is asked for, each checked on real images.
 
@@ -53,8 +56,13 @@ def write_forms(
         images: At least two images `[B, C, H, W]` to check the files with.
         onnx: The `.onnx` file to write.
         torch_export: The `.pt2` file to write.
+        int8: Write ONNX in int8: batches to calibrate with, and batches to check with, see `save_onnx_int8`.
     """
     forms = []
+    if onnx and int8 is not None:
+        note = f'{onnx}: {save_onnx_int8(model, *int8, path=onnx)}'
+        forms.append(Form(f'{onnx}, int8', Path(onnx).stat().st_size, onnx_form(onnx), note=note))
+        onnx = None
     for path, save, load in ((onnx, save_onnx, onnx_form), (torch_export, save_torch_export, torch_export_form)):
         if path:
             error = save(model, images, path)

@@ -17,8 +17,9 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import save_file
 
 from timm_lean.checkpoint.files import atomic_dir, atomic_file
-from timm_lean.checkpoint.format import warn_of_lost_zeros
-from timm_lean.checkpoint.packing import pack
+from timm_lean.checkpoint.format import INT8_VERSION, warn_of_lost_zeros
+from timm_lean.checkpoint.int8 import Int8Report
+from timm_lean.checkpoint.stored import store
 from timm_lean.errors import CheckpointError, LeanError
 
 from .backbone import TimmBackbone
@@ -52,26 +53,34 @@ def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict
     }
 
 
-def save_detector(model: nn.Module, path: str | Path, header: Mapping[str, Any]) -> None:
+def save_detector(
+        model: nn.Module, path: str | Path, header: Mapping[str, Any], weights: str = 'float',
+) -> Int8Report | None:
     """Write a detector to one `.safetensors` file, atomically; of kernels that are pruned the live ones alone.
 
     Args:
         model: The detector.
         path: The file.
         header: What `describe` gave, and more if wanted.
+        weights: 'float' or 'int8', as in `save_model`.
+
+    Returns:
+        For int8 the error of each weight, else None.
     """
     tensors, aliases = _untied(get_state_dict(model))
     warn_of_lost_zeros(model, (header['backbone'] or {}).get('steps', []))
-    tensors, packed = pack(tensors)
-    text = json.dumps({**header, 'aliases': aliases, **({'packed': packed} if packed else {})})
+    tensors, storage, report = store(tensors, weights, packed=True)
+    version = {'format': INT8_VERSION} if 'int8' in storage else {}
+    text = json.dumps({**header, **version, 'aliases': aliases, **storage})
     with atomic_file(path) as temporary:
         # one entry only: safetensors writes several in an order that changes from run to run
         save_file(tensors, temporary, metadata={DETECTOR_KEY: text})
+    return report
 
 
 def export_detector(
         config: str | Path | Config | None, checkpoint: str | Path, out_dir: str | Path, *,
-        trust_imports: Sequence[str] = (),
+        trust_imports: Sequence[str] = (), weights: str = 'float',
 ) -> Path:
     """Write a folder with `config.py` and `model.safetensors`, which `load_detector` and `init_detector` take.
 
@@ -80,6 +89,7 @@ def export_detector(
         checkpoint: `.safetensors` or `.pth`.
         out_dir: The folder.
         trust_imports: For a config from the checkpoint, see `load_detector`.
+        weights: 'float' or 'int8', as in `save_model`.
 
     Raises:
         LeanError: The checkpoint does not fit the config, or the folder cannot be written.
@@ -97,7 +107,7 @@ def export_detector(
     header = describe(cfg, model, {k.lower(): v for k, v in metainfo.items()})
     with atomic_dir(out_dir) as temporary:
         (temporary / CONFIG_FILE).write_text(header['config'])
-        save_detector(model, temporary / WEIGHTS_FILE, header)
+        save_detector(model, temporary / WEIGHTS_FILE, header, weights)
     return Path(out_dir)
 
 

@@ -13,10 +13,10 @@ import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 
-from timm_lean.checkpoint.format import MODEL_KEY, read_header, read_recipe
+from timm_lean.checkpoint.format import INT8_VERSION, MODEL_KEY, read_header, read_recipe
 from timm_lean.checkpoint.limits import check_header_size, parse_entry
-from timm_lean.checkpoint.packing import packed_shapes, unpack
 from timm_lean.checkpoint.recipe import Recipe
+from timm_lean.checkpoint.stored import Stored
 from timm_lean.errors import CheckpointError
 
 from .trust import check_recipe
@@ -117,10 +117,10 @@ def detector_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} was not written by SafetensorsHook or export_detector: it does not say which '
                               'detector it holds.')
     header = parse_entry(metadata[DETECTOR_KEY], f'The header of {path}')
-    if not isinstance(header, dict) or header.get('format') != FORMAT_VERSION:
+    if not isinstance(header, dict) or header.get('format') not in (FORMAT_VERSION, INT8_VERSION):
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
-        raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION}. '
-                              'Update timm-lean if the file is newer.')
+        raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION} and '
+                              f'{INT8_VERSION}. Update timm-lean if the file is newer.')
     _check_entries(header, str(path))
     palette = header['metainfo'].get('palette')
     if isinstance(palette, list):  # JSON has no tuples, and MMDetection draws in colours that are tuples only
@@ -187,12 +187,11 @@ def _read(
         header = detector_header(path)
     elif MODEL_KEY in metadata:
         header = read_header(path)
-    packed, aliases = header.get('packed', {}), header.get('aliases', {})
+    aliases = header.get('aliases', {})
     with _readable(path), safe_open(path, framework='pt') as f:
-        shapes = packed_shapes({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, packed)  # noqa: SIM118
-        state = {
-            k: unpack(k, packed[k], f.get_tensor) if k in packed else f.get_tensor(k) for k in shapes
-        } if tensors else {}
+        stored = Stored(f, header)
+        shapes = stored.shapes
+        state = stored.tensors() if tensors else {}
     for alias, name in aliases.items():
         if name not in shapes:
             raise CheckpointError(f'{path} has a damaged header: {alias} stands for {name}, which is missing.')
