@@ -60,7 +60,8 @@ def write_forms(
     """
     forms = []
     if onnx and int8 is not None:
-        note = f'{onnx}: {save_onnx_int8(model, *int8, path=onnx)}'
+        calibration, check = int8
+        note = f'{onnx}: {save_onnx_int8(model, calibration, check, onnx)}'
         forms.append(Form(f'{onnx}, int8', Path(onnx).stat().st_size, onnx_form(onnx), note=note))
         onnx = None
     for path, save, load in ((onnx, save_onnx, onnx_form), (torch_export, save_torch_export, torch_export_form)):
