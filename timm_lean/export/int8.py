@@ -1,8 +1,8 @@
 """ONNX with int8 weights and activations, by onnxruntime's own quantizer, judged by what it answers.
 
 Static quantization with Q/DQ nodes: signed weights by one scale per output channel, unsigned activations by the ranges
-that calibration images give. Rounding changes every output, so the file is not held to PyTorch's values but to its answers: on how many
-images both name the same class, and, with labels, how often each is right.
+that calibration images give. Rounding changes every output, so the file is not held to PyTorch's values but to its
+answers: on how many images both name the same class, and, with labels, how often each is right.
 """
 import contextlib
 import logging
