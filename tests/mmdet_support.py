@@ -29,6 +29,47 @@ TOOLS = ROOT / 'tools'
 SHARED = CONFIGS / 'scenes' / 'retinanet_resnet34_s8u1_scenes.py'
 DENSE = CONFIGS / 'scenes' / 'retinanet_resnet34_scenes.py'
 
+NATIVE = """
+default_scope = 'mmdet'
+work_dir = '{folder}/run'
+custom_imports = dict(imports=['timm_lean.mmdet'], allow_failed_imports=False)
+log_level = 'ERROR'
+model = dict(
+    type='RetinaNet',
+    data_preprocessor=dict(type='DetDataPreprocessor', mean=[120., 120., 120.], std=[60., 60., 60.], bgr_to_rgb=True,
+                           pad_size_divisor=32),
+    backbone=dict(type='ResNet', depth=18, base_channels=16, num_stages=4, out_indices=(1, 2, 3), style='pytorch'),
+    neck=dict(type='FPN', in_channels=[32, 64, 128], out_channels=16, num_outs=4),
+    bbox_head=dict(
+        type='RetinaHead', num_classes=10, in_channels=16, feat_channels=16, stacked_convs=2,
+        anchor_generator=dict(type='AnchorGenerator', octave_base_scale=3, scales_per_octave=1, ratios=[1.0],
+                              strides=[8, 16, 32, 64]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
+    train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0,
+                                 ignore_iof_thr=-1), sampler=dict(type='PseudoSampler'), allowed_border=-1,
+                   pos_weight=-1, debug=False),
+    test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5),
+                  max_per_img=10))
+pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='Resize', scale=(64, 64), keep_ratio=True),
+            dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(type='timm_lean.DigitScenes', data_root='{folder}/data', split='train', size=64,
+                 counts=dict(train=8, val=4), pipeline=pipeline))
+test_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='timm_lean.DigitScenes', data_root='{folder}/data', split='val', size=64,
+                 counts=dict(train=8, val=4), test_mode=True, pipeline=pipeline))
+test_evaluator = dict(type='CocoMetric', ann_file='{folder}/data/annotations/val.json', metric='bbox')
+test_cfg = dict(type='TestLoop')
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=10)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+custom_hooks = [dict(type='timm_lean.SafetensorsHook')]
+"""
+"""A tiny RetinaNet of MMDetection's own parts on tiny scenes, `{folder}` to be filled in."""
+
 register_all_modules(init_default_scope=True)
 # A run prints and writes its config twice, and to make it pretty takes longer than to build the detector.
 mmengine_config.config.FormatCode = lambda text, **kwargs: (text, True)

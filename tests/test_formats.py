@@ -34,8 +34,22 @@ def test_a_file_gives_the_outputs_it_gave(version, kind, steps, tmp_path):
         assert torch.equal(load_model(tmp_path / 'm.safetensors')(x), model(x))
 
 
+def test_a_detector_of_format_1_gives_the_outputs_it_gave():
+    """Written by commit cf830d5: a tiny RetinaNet whose timm backbone lost channels and kernels by its own recipe."""
+    mmdet = pytest.importorskip('timm_lean.mmdet')
+    model = mmdet.load_detector(FOLDER / 'detector.safetensors')
+    assert [step['op'] for step in model.backbone.recipe.steps] == ['resize']
+    assert not hasattr(model, 'lean_steps')
+    x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64).sin()
+    with torch.no_grad():
+        outputs = model.bbox_head(model.extract_feat(x))
+    found = torch.cat([level.flatten() for kind in outputs for level in kind])[::37]
+    expected = torch.tensor(json.loads((FOLDER / 'detector.json').read_text()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_files_cover_what_can_be_in_a_file():
-    assert sorted(p.stem for p in FOLDER.glob('*.safetensors')) == sorted(STEPS)
+    assert sorted(p.stem for p in FOLDER.glob('*.safetensors')) == sorted([*STEPS, 'detector'])
     assert read_header(FOLDER / 'prune_kernels.safetensors')['packed']
     assert {'packed', 'int8'} <= read_header(FOLDER.parent / '2' / 'int8.safetensors').keys()
     assert load_model(FOLDER / 'plain.safetensors').pretrained_cfg['label_names'] == ['cat', 'dog', 'eel']

@@ -10,12 +10,11 @@ from mmengine.runner import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from timm_lean import CheckpointError, LeanError, fold, load_model, prune_kernels, save_model
+from timm_lean import CheckpointError, LeanError, fold, load_model, prune_channels, prune_kernels, save_model
 from timm_lean.checkpoint.format import save_hf_dir
-from timm_lean.mmdet import TimmBackbone, load_detector, resolve_channels
-from timm_lean.mmdet.detector import build_detector, describe, load_strictly, save_detector
+from timm_lean.mmdet import TimmBackbone, lean_detector, load_detector, resolve_channels
+from timm_lean.mmdet.detector import build_detector, describe, load_strictly, save_detector, write_detector
 from timm_lean.mmdet.network import feature_channels
-from timm_lean.mmdet.prune import prune_detector
 
 from conftest import randomize_batchnorm  # isort: skip
 
@@ -283,10 +282,11 @@ def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
     assert 'share' not in loaded.cfg.model.backbone
     for a, b in zip(predictions_of(model, batch(64)), predictions_of(loaded, batch(64)), strict=True):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
-    pruned = prune_detector(tmp_path / 'det.safetensors', tmp_path / 'pruned.safetensors', pruning_ratio=0.25)
+    pruned = lean_detector(loaded, prune_channels, pruning_ratio=0.25)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in loaded.parameters())
-    steps = load_detector(tmp_path / 'pruned.safetensors').backbone.recipe.steps
-    assert [step['op'] for step in steps] == ['share', 'resize']
+    write_detector(pruned, tmp_path / 'pruned.safetensors')
+    again = load_detector(tmp_path / 'pruned.safetensors')
+    assert [step['op'] for step in (*again.backbone.recipe.steps, *again.lean_steps)] == ['share', 'resize']
 
 
 @pytest.mark.parametrize('depth', [18, 50])

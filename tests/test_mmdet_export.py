@@ -31,8 +31,8 @@ def detector(tmp_path_factory):
 def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
     onnxruntime = pytest.importorskip('onnxruntime')
     onnx, pt2 = tmp_path / 'b.onnx', tmp_path / 'b.pt2'
-    assert main(['export', str(detector), '--onnx', str(onnx), '--torch-export', str(pt2), '--img-size', '64',
-                 '--device', 'cpu', *fold]) == 0
+    assert main(['export', str(detector), '--part', 'backbone', '--onnx', str(onnx), '--torch-export', str(pt2),
+                 '--img-size', '64', '--device', 'cpu', *fold]) == 0
     out = capsys.readouterr().out
     assert 'level_0: stride 8, 16 channels' in out and out.count('of PyTorch on 8 images') == 2
     session = onnxruntime.InferenceSession(str(onnx), providers=['CPUExecutionProvider'])
@@ -45,6 +45,23 @@ def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
     for e, a, b in zip(expected, actual, again, strict=True):
         np.testing.assert_allclose(a, e.numpy(), rtol=1e-3, atol=1e-3 * float(e.abs().max()))
         torch.testing.assert_close(b, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))
+
+
+def test_the_whole_as_onnx(detector, tmp_path, capsys):
+    """All that the head gives before boxes are selected."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    assert main(['export', str(detector), '--onnx', str(tmp_path / 'w.onnx'), '--img-size', '64',
+                 '--device', 'cpu']) == 0
+    model = load_detector(detector)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model.bbox_head(model.extract_feat(x))
+    expected = {f'head_{i}_level_{j}': level for i, kind in enumerate(outputs) for j, level in enumerate(kind)}
+    session = onnxruntime.InferenceSession(str(tmp_path / 'w.onnx'), providers=['CPUExecutionProvider'])
+    assert [o.name for o in session.get_outputs()] == list(expected)
+    for actual, e in zip(session.run(None, {'images': x.numpy()}), expected.values(), strict=True):
+        np.testing.assert_allclose(actual, e.numpy(), rtol=1e-3, atol=1e-3 * float(e.abs().max()))
+    assert 'head_0_level_0: stride 8' in capsys.readouterr().out
 
 
 def test_the_whole_as_a_folder(detector, tmp_path, capsys):

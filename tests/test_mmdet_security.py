@@ -253,8 +253,8 @@ def test_trusted_packages_on_the_command_line(detector, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize('command, function', [
     (['info'], 'report.detector_report'), (['predict', 'x.jpg'], 'predict_images'),
-    (['prune', '--granularity', 'channel', '-o', 'p.safetensors'], 'prune.prune_detector'),
-    (['export', '--onnx', 'x.onnx'], 'export.export_backbone')])
+    (['prune', '--granularity', 'channel', '-o', 'p.safetensors'], 'open_detector'),
+    (['export', '--onnx', 'x.onnx'], 'export.export_forms')])
 def test_every_command_hands_on_what_is_trusted(detector, tmp_path, monkeypatch, capsys, command, function):
     def stub(*args, trust_imports=(), **kwargs):
         raise LeanError(f'trusted: {trust_imports}')

@@ -28,13 +28,19 @@ from mmdet_support import (
 )
 from PIL import Image
 
-from timm_lean import CheckpointError, LeanError
-from timm_lean.mmdet import TimmBackbone, export_detector, load_detector, predict_images, write_scenes
+from timm_lean import CheckpointError, LeanError, prune_channels
+from timm_lean.mmdet import (
+    TimmBackbone,
+    export_detector,
+    lean_detector,
+    load_detector,
+    predict_images,
+    write_scenes,
+)
 from timm_lean.mmdet.__main__ import main
 from timm_lean.mmdet.data import check_data
-from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.mmdet.detector import build_detector, describe, save_detector, write_detector
 from timm_lean.mmdet.own_data import set_classes, settle_data
-from timm_lean.mmdet.prune import prune_detector
 from timm_lean.mmdet.settings import parse_config
 from timm_lean.mmdet.weights import detector_header
 from timm_lean.pruning import kernel_report
@@ -98,7 +104,7 @@ def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_pruned_file_and_a_folder_are_evaluated_without_a_config(trained, tmp_path):
     best, pruned = trained / 'run' / 'best.safetensors', tmp_path / 'pruned.safetensors'
-    prune_detector(best, pruned)
+    write_detector(lean_detector(load_detector(best), prune_channels), pruned)
     folder = export_detector(None, best, tmp_path / 'folder')
     for source, options in ((pruned, ['--tta']), (folder, [])):
         work_dir = tmp_path / f'run of {source.stem}'

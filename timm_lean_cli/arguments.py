@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 __all__ = [
-    'add_calibration', 'add_data', 'add_finetuning', 'add_json', 'add_layers', 'add_model', 'add_training',
-    'add_trust', 'add_weights', 'given',
+    'add_calibration', 'add_data', 'add_detector', 'add_finetuning', 'add_json', 'add_layers', 'add_model',
+    'add_training', 'add_trust', 'add_weights', 'given',
 ]
 
 MODEL = 'timm name, checkpoint file or local-dir:DIR'
@@ -65,6 +65,17 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
                    help='repair the result at once by N training images without labels (default 512 with data, 0: not)')
     p.add_argument('--calibrate-positions', type=int, metavar='N',
                    help='fit each layer to N positions of each of these images at most (default 64)')
+
+
+def add_detector(p: argparse.ArgumentParser) -> None:
+    """What a detector is changed by: its config, the part of it, its data."""
+    detector = p.add_argument_group('detectors of MMDetection')
+    detector.add_argument('--det-config', metavar='CONFIG', help="the detector's config, if its file does not say it")
+    detector.add_argument('--target', nargs='+', metavar='NAME',
+                          help='only backbone, neck, bbox_head or another module (default: the whole detector)')
+    detector.add_argument('--data-root', metavar='DIR', help="the data's folder, instead of the config's")
+    detector.add_argument('--evaluate', action='store_true',
+                          help="accuracy on the config's test set, by the config's evaluator")
 
 
 def add_finetuning(p: argparse.ArgumentParser) -> None:

@@ -3,27 +3,16 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .arguments import given
+from .figures import Figures, figures_table
 from .opening import data_options, finish, open_model, progress
 
 __all__ = ['change_network', 'finetuned', 'finetuning_options']
 
 _CALIBRATION_IMAGES = 512
-
-
-@dataclass
-class _Figures:
-    """What a network is and costs at one point; `top1` only with data."""
-    params: int
-    nonzero: int
-    live_kernels: int
-    macs: int
-    bytes: int | None
-    top1: float | None = None
 
 
 def change_network(
@@ -74,7 +63,7 @@ def change_network(
     result = {'output': str(output), 'report': new.lean_report.to_dict(),
               **({} if images is None else {'calibration': new.calibration_report.to_dict()}),
               **{name: vars(figures) for name, figures in columns.items()}}
-    finish(args, result, f'{_table(columns)}\n{output}')
+    finish(args, result, f'{figures_table(columns)}\n{output}')
 
 
 def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Any:
@@ -153,35 +142,11 @@ def finetuned(args: argparse.Namespace, original: Any, tuning: dict[str, Any], f
 _USED_WITHOUT = ('seed',)  # of training, that the change itself uses too
 
 
-def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any]) -> _Figures:
-    import torch.nn as nn
-
-    from timm_lean.measure import count_macs, count_params
-    from timm_lean.pruning.report import live_kernels
+def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any]) -> Figures:
+    from timm_lean.measure import count_macs
     from timm_lean.training.evaluate import evaluate_source
-    figures = _Figures(
-        count_params(model), sum(int((p != 0).sum()) for p in model.parameters()),
-        sum(int(live_kernels(m.weight).sum()) for m in model.modules() if isinstance(m, nn.Conv2d)),
-        count_macs(model, x.shape), path.stat().st_size if path.is_file() else None)
+    figures = Figures.of(model, count_macs(model, x.shape), path)
     if args.data or args.data_dir:
         figures.top1 = evaluate_source(args.model, model, **options)['top1']
         model.cpu()
     return figures
-
-
-def _table(columns: dict[str, _Figures]) -> str:
-    from timm_lean.measure import human_bytes, human_count
-    shown: dict[str, Callable[[_Figures], str]] = {
-        'parameters': lambda f: f'{f.params:,}',
-        'non-zero': lambda f: f'{f.nonzero:,}',
-        'live kernels': lambda f: f'{f.live_kernels:,}',
-        'MACs': lambda f: human_count(f.macs),
-        'file': lambda f: '-' if f.bytes is None else human_bytes(f.bytes),
-        'top-1': lambda f: '' if f.top1 is None else f'{f.top1:.2f} %',
-    }
-    rows = [f'{name:14}' + ''.join(f'{show(f):>16}' for f in columns.values()) for name, show in shown.items()]
-    return '\n'.join([f'{"":14}' + ''.join(f'{title:>16}' for title in columns), *filter(_has_values, rows)])
-
-
-def _has_values(row: str) -> bool:
-    return bool(row[14:].strip())

@@ -15,6 +15,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_model(p, 'checkpoint file, timm name, local-dir:DIR, or a detector')
     p.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
     p.add_argument('--det-config', metavar='FILE', help='detector checkpoint: its config, if it is a .pth')
+    p.add_argument('--part', choices=['whole', 'features', 'backbone'],
+                   help='detector checkpoint: what --onnx and --torch-export write (default whole, up to the boxes)')
     add_trust(p)
     p.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
                    help='fold shared bases into dense convolutions first; auto: only where faster here')
@@ -48,6 +50,8 @@ def _export_classifier(args: argparse.Namespace) -> None:
     from timm_lean.export.table import Form, write_forms
     from timm_lean.measure import count_params, human_bytes
     from timm_lean.training.data import open_eval_loader
+    if args.part:
+        raise LeanError(f'--part is for detectors, and {args.model} is none that says its config.')
     if not (args.hf_dir or args.output or args.onnx or args.torch_export):
         raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '
                         '--det-dir DIR for a detector.')
@@ -99,24 +103,24 @@ def _export_detector(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
     if args.output or args.hf_dir or args.half or args.int8:
         raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half and --int8 are for classification. Give '
-                        '--det-dir DIR for the whole detector, --onnx FILE or --torch-export FILE for its backbone.')
+                        '--det-dir DIR for its folder, --onnx FILE or --torch-export FILE for its graph.')
     if args.weights and not args.det_dir:
-        raise LeanError('--weights is for --det-dir DIR: the backbone in --onnx and --torch-export is in float32.')
+        raise LeanError('--weights is for --det-dir DIR: the graph in --onnx and --torch-export is in float32.')
     if not (args.det_dir or args.onnx or args.torch_export):
-        raise LeanError(f'{args.model} is a detector: give --det-dir DIR for the whole of it, --onnx FILE or '
-                        '--torch-export FILE for its backbone.')
+        raise LeanError(f'{args.model} is a detector: give --det-dir DIR for its folder, --onnx FILE or '
+                        '--torch-export FILE for its graph.')
     if args.fold and not (args.onnx or args.torch_export):
         raise LeanError('--fold is for --onnx and --torch-export: detectors are stored as they are trained.')
     _check_files(args)
     options = data_options(args)
     from timm_lean.mmdet.detector import export_detector
-    from timm_lean.mmdet.export import export_backbone
+    from timm_lean.mmdet.export import export_forms
     result: dict[str, Any] = {}
     with progress(args):
         if args.onnx or args.torch_export:
-            forms = export_backbone(
+            forms = export_forms(
                 args.model, config=args.det_config, device=options['device'],
-                **given(args, 'onnx', 'torch_export', 'fold', 'img_size', 'data_dir', 'trust_imports'))
+                **given(args, 'part', 'onnx', 'torch_export', 'fold', 'img_size', 'data_dir', 'trust_imports'))
             print(forms)
             result['forms'] = _as_data(forms.forms, forms.times)
         if args.det_dir:

@@ -1,13 +1,11 @@
-"""`timm-lean prune`: take kernels, channels or blocks out of a network, and say what that cost and saved.
-
-Detectors lose channels.
-"""
+"""`timm-lean prune`: take kernels, channels or blocks out of a network or detector, and say what it cost and saved."""
 import argparse
+from collections.abc import Callable
 from typing import Any
 
-from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, add_trust, given
+from .arguments import add_calibration, add_detector, add_finetuning, add_json, add_layers, add_model, add_trust, given
 from .changing import change_network
-from .opening import finish, is_detector, progress
+from .changing_detector import change_detector, names_detector
 
 HELP = 'prune the kernels, channels or blocks of a network'
 
@@ -44,6 +42,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     blocks.add_argument('--blocks', nargs='+', metavar='NAME', help='these, e.g. layer3.1')
     add_calibration(p)
     add_finetuning(p)
+    add_detector(p)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,17 +53,19 @@ def run(args: argparse.Namespace) -> None:
     _check_granularity(args)
     if args.criterion not in (None, 'output'):
         check_criterion(args.criterion)
-    if is_detector(args.model):
-        _prune_detector(args)
-        return
     if args.plot:
         check_picture(args.plot)
 
     def check(model: Any) -> None:
-        if args.granularity == 'channel' and has_step(model, 'resize') and not args.again:
+        backbone = getattr(model, 'backbone', model)
+        pruned = has_step(model, 'resize') or has_step(backbone, 'resize')
+        if args.granularity == 'channel' and pruned and not args.again:
             raise LeanError(
                 f'{args.model} has been pruned by channels before. If pruning it again is meant, say --again.')
 
+    if names_detector(args):
+        _prune_detector(args, check)
+        return
     change_network(args, 'pruned', lambda model, x, images: _pruned(args, model, x, images), check)
 
 
@@ -86,21 +87,23 @@ def _pruned(args: argparse.Namespace, model: Any, x: Any, images: Any) -> Any:
     return new
 
 
-def _prune_detector(args: argparse.Namespace) -> None:
-    from timm_lean.checkpoint.files import output_file
+def _prune_detector(args: argparse.Namespace, check: Callable[[Any], None]) -> None:
     from timm_lean.errors import LeanError
-    from timm_lean.mmdet.prune import prune_detector
-    if args.granularity != 'channel':
-        raise LeanError(f'{args.model} is a detector: give --granularity channel. Its kernels are pruned while it '
-                        'trains, by KernelPruningHook.')
-    if args.data or args.data_dir or args.finetune_epochs:
-        raise LeanError(f'{args.model} is a detector: --data, --data-dir and --finetune-epochs are for classification. '
-                        'Fine-tune it with tools/train_det.py and model.backbone.checkpoint=FILE load_from=FILE.')
-    output = output_file(args.output, '.safetensors')
-    with progress(args):
-        model: Any = prune_detector(
-            args.model, output, again=args.again, **given(args, 'trust_imports'), **_channel_options(args))
-    finish(args, {'output': str(output), 'report': model.lean_report.to_dict()}, f'{model.lean_report}\n{output}')
+    from timm_lean.measure.pictures import save_figure
+    from timm_lean.pruning import prune_channels, prune_kernels, remove_blocks
+    if args.compact:
+        raise LeanError('--compact is for classification networks. Take whole channels out by --granularity channel.')
+    verb: Callable[..., Any]
+    if args.granularity == 'channel':
+        verb, options = prune_channels, _channel_options(args)
+    elif args.granularity == 'block':
+        verb, options = remove_blocks, given(args, 'include', 'exclude', *_BLOCK)
+    else:
+        verb, options = prune_kernels, given(args, 'criterion', 'include', 'exclude', 'seed', *_KERNEL)
+        options['again'] = args.again
+    new = change_detector(args, 'pruned', verb, options, check)
+    if args.plot:
+        save_figure(new.lean_report.figure(), args.plot)
 
 
 def _channel_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 import argparse
 from typing import Any
 
-from .arguments import add_calibration, add_finetuning, add_json, add_layers, add_model, given
+from .arguments import add_calibration, add_detector, add_finetuning, add_json, add_layers, add_model, add_trust, given
 from .changing import change_network
+from .changing_detector import change_detector, names_detector
 
 HELP = 'convert a model to shared filter bases, from its own weights'
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    add_model(p)
+    add_model(p, 'timm name, checkpoint file, local-dir:DIR, or a detector')
     p.add_argument('-o', '--output', required=True, metavar='FILE', help='the converted checkpoint')
     size = p.add_mutually_exclusive_group(required=True)
     size.add_argument('--params', type=float, metavar='SHARE', help="of the original's parameters, e.g. 0.5")
@@ -27,18 +28,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_json(p)
     add_calibration(p)
     add_finetuning(p)
+    add_detector(p)
+    add_trust(p)
 
 
 def run(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
     from timm_lean.sharing import share
+    options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude',
+                    'alone', 'classifier')
+    if names_detector(args):
+        change_detector(args, 'converted', share, {**options, **({'bn': True} if args.bn else {})})
+        return
     if args.bn and (args.calibrate == 0 or not (args.data or args.data_dir)):
         raise LeanError('--bn needs training images for the statistics: --data-dir DIR or --data digits, without '
                         '--calibrate 0.')
 
     def convert(model: Any, x: Any, images: Any) -> Any:
-        options = given(args, 'shared_rank', 'energy', 'params', 'unique_rank', 'dual', 'stages', 'include', 'exclude',
-                        'alone', 'classifier')
         return share(model, example_input=x, bn=args.bn, calibration=images, **options)
 
     change_network(args, 'converted', convert)

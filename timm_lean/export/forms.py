@@ -4,7 +4,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ def check_onnx_installed() -> None:
         raise LeanError(f"--onnx needs {', '.join(missing)}, which is not installed: pip install 'timm-lean[onnx]'.")
 
 
-def save_onnx(model: nn.Module, images: torch.Tensor, path: str | Path) -> float:
+def save_onnx(
+        model: nn.Module, images: torch.Tensor, path: str | Path, names: Sequence[str] | None = None) -> float:
     """Write a model as ONNX with a dynamic batch size, in torch's current opset.
 
     Args:
         model: A model in eval mode on the CPU; its output is a tensor, or a list of feature maps.
         images: At least two real images `[B, C, H, W]` to check the file with.
-        path: The file to write. The output is called `output`, feature maps `level_0`, `level_1`, ...
+        path: The file to write.
+        names: What the outputs are called; if None `output`, or `level_0`, `level_1`, ... of a list.
 
     Returns:
         The largest difference to PyTorch's output, relative to the largest output.
@@ -54,12 +56,13 @@ def save_onnx(model: nn.Module, images: torch.Tensor, path: str | Path) -> float
         LeanError: Packages are missing, the model cannot be exported, or the file computes something else.
     """
     check_onnx_installed()
-    with torch.no_grad():
-        example = model(images[:1])
-    names = ['output'] if isinstance(example, torch.Tensor) else [f'level_{i}' for i in range(len(example))]
+    if names is None:
+        with torch.no_grad():
+            example = model(images[:1])
+        names = ['output'] if isinstance(example, torch.Tensor) else [f'level_{i}' for i in range(len(example))]
     with _quiet(), _export_errors('ONNX'):
         program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, input_names=['images'],
-                                    output_names=names, dynamic_shapes=({0: torch.export.Dim('batch')},))
+                                    output_names=list(names), dynamic_shapes=({0: torch.export.Dim('batch')},))
         assert program is not None
         data = program.model_proto.SerializeToString()
     error = _compare(model, onnx_form(data), images, 'ONNX')

@@ -1,6 +1,7 @@
 """The forms of one model beside each other: what was written, how large it is, how fast it runs."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_forms(
         onnx: str | Path | None = None,
         torch_export: str | Path | None = None,
         int8: Sequence[Iterable[Any]] | None = None,
+        names: Sequence[str] | None = None,
 ) -> list[Form]:
     """Write a model as ONNX and by torch.export, whichever is asked for, each checked on real images.
 
@@ -57,6 +59,7 @@ def write_forms(
         onnx: The `.onnx` file to write.
         torch_export: The `.pt2` file to write.
         int8: Write ONNX in int8: batches to calibrate with, and batches to check with, see `save_onnx_int8`.
+        names: What the outputs are called in ONNX, see `save_onnx`.
     """
     forms = []
     if onnx and int8 is not None:
@@ -64,7 +67,8 @@ def write_forms(
         note = f'{onnx}: {save_onnx_int8(model, calibration, check, onnx)}'
         forms.append(Form(f'{onnx}, int8', Path(onnx).stat().st_size, onnx_form(onnx), note=note))
         onnx = None
-    for path, save, load in ((onnx, save_onnx, onnx_form), (torch_export, save_torch_export, torch_export_form)):
+    kinds = (onnx, partial(save_onnx, names=names), onnx_form), (torch_export, save_torch_export, torch_export_form)
+    for path, save, load in kinds:
         if path:
             error = save(model, images, path)
             note = f'{path}: within {error:.1e} of PyTorch on {len(images)} images'

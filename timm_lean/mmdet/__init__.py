@@ -1,8 +1,8 @@
 """MMDetection with this package's techniques: everything that knows mmengine or mmdet.
 
 Importing it makes MMDetection work without compiled mmcv (`mmcv_ext`), mends what time has broken (`compat`),
-registers the backbone, hooks, dataset and checkpoint loader, and lets `in_channels='auto'` work. Import it before
-`mmcv.ops`.
+registers the backbone, hooks, dataset and checkpoint loader, and lets `in_channels='auto'` and `lean_steps` work.
+Import it before `mmcv.ops`.
 """
 import importlib.util
 
@@ -23,20 +23,24 @@ compat.apply()
 
 from mmdet.registry import MODELS as MMDET_MODELS  # noqa: E402
 
-from . import channels, configs  # noqa: E402
+from . import channels, configs, structure  # noqa: E402
 
 channels.install(MMDET_MODELS)
+structure.install(MMDET_MODELS)
 configs.install()
 
 from .backbone import TimmBackbone  # noqa: E402
 from .channels import resolve_channels  # noqa: E402
-from .detector import export_detector, load_detector  # noqa: E402
+from .detector import export_detector, load_detector, open_detector  # noqa: E402
 from .hooks import RegularizerHook, SafetensorsHook  # noqa: E402
 from .predict import predict_images  # noqa: E402
 from .pruning_hook import KernelPruningHook  # noqa: E402
 from .scenes import DigitScenes, write_scenes  # noqa: E402
+from .structure_hooks import ChannelPruningHook, ShareHook  # noqa: E402
+from .verbs import lean_detector  # noqa: E402
 
 __all__ = [
-    'DigitScenes', 'KernelPruningHook', 'RegularizerHook', 'SafetensorsHook', 'TimmBackbone', 'export_detector',
-    'load_detector', 'predict_images', 'resolve_channels', 'write_scenes',
+    'ChannelPruningHook', 'DigitScenes', 'KernelPruningHook', 'RegularizerHook', 'SafetensorsHook', 'ShareHook',
+    'TimmBackbone', 'export_detector', 'lean_detector', 'load_detector', 'open_detector', 'predict_images',
+    'resolve_channels', 'write_scenes',
 ]

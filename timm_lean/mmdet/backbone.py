@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from timm_lean.checkpoint.format import PRUNED_STEP
 from timm_lean.checkpoint.recipe import has_step, note_zeros
 from timm_lean.errors import LeanError
+from timm_lean.pruning.resize import set_feature_channels
 
 from .network import build_features, feature_levels, flat_name, load_features, whole_names
 from .scope import MODELS, register
@@ -16,6 +17,7 @@ from .weights import read_weights
 
 __all__ = ['TimmBackbone']
 
+_MEASURED_SIDE = 64
 _STEM_REDUCTION = 4  # a first level of a smaller stride than this is the stem's
 
 
@@ -94,6 +96,16 @@ class TimmBackbone(BaseModule):
     def out_strides(self) -> list[int]:
         """Strides of the feature maps."""
         return list(self.net.feature_info.reduction())  # type: ignore[union-attr, operator]
+
+    @torch.no_grad()
+    def measure_channels(self) -> None:
+        """Note the channels that the feature maps have after a step on the whole detector."""
+        training = self.net.training
+        info: Any = self.net.feature_info.info  # type: ignore[union-attr]
+        maps = self.net.eval()(next(self.net.parameters()).new_zeros(1, 3, _MEASURED_SIDE, _MEASURED_SIDE))
+        self.net.train(training)
+        channels = dict(zip(self.out_indices, (feature.shape[1] for feature in maps), strict=True))
+        set_feature_channels(self.net, [channels.get(i, entry['num_chs']) for i, entry in enumerate(info)])
 
     def note_zeros(self) -> None:
         """Once the weights are loaded: if kernels were pruned, note how many, so that saving can tell a loss."""

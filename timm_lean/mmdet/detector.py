@@ -1,4 +1,7 @@
-"""A detector as safetensors plus config: save, export, load. No pickle, and loading runs no code (see `trust.py`)."""
+"""A detector as safetensors plus config: save, export, load. No pickle, and loading runs no code (see `trust.py`).
+
+What has been done to its structure is in the config (`structure.py`), so that whatever builds the config builds it.
+"""
 import copy
 import json
 from collections.abc import Mapping, Sequence
@@ -17,36 +20,41 @@ from mmengine.utils import import_modules_from_strings
 from safetensors.torch import save_file
 
 from timm_lean.checkpoint.files import atomic_dir, atomic_file
-from timm_lean.checkpoint.format import INT8_VERSION, warn_of_lost_zeros
+from timm_lean.checkpoint.format import INT8_VERSION, PRUNED_STEP, warn_of_lost_zeros
 from timm_lean.checkpoint.int8 import Int8Report
+from timm_lean.checkpoint.recipe import has_step, note_zeros
 from timm_lean.checkpoint.stored import store
 from timm_lean.errors import CheckpointError, LeanError
 
+from .adopt import adopt_structure
 from .backbone import TimmBackbone
 from .channels import resolve_channels
 from .settings import open_config, parse_config
 from .skeleton import check_work, misfit, tied_names
+from .structure import set_steps
 from .trust import check_config, registered_only
-from .weights import DETECTOR_KEY, FORMAT_VERSION, detector_header, load_from_safetensors, tensor_shapes
+from .weights import DETECTOR_KEY, detector_header, format_version, load_checkpoint, tensor_shapes
 
-__all__ = ['build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'save_detector']
+__all__ = [
+    'build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'note_pruned', 'open_detector',
+    'save_detector', 'write_detector']
 
 CONFIG_FILE = 'config.py'
 WEIGHTS_FILE = 'model.safetensors'
 
 
 def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict[str, Any]:
-    """The header of a detector's file: config, the backbone's recipe, class names.
+    """The header of a detector's file: config with the structural steps, the backbone's recipe, class names.
 
     Args:
         cfg: The whole config, training included.
-        model: The detector.
+        model: The detector, with its steps as `lean_steps`.
         metainfo: Of its dataset.
     """
     cfg = _self_contained(cfg, model)
     backbone = getattr(model, 'backbone', None)
     return {
-        'format': FORMAT_VERSION,
+        'format': format_version(cfg),
         'config': cfg.pretty_text,
         'backbone': asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None,
         'metainfo': {k: metainfo[k] for k in ('classes', 'palette') if k in metainfo},
@@ -68,7 +76,8 @@ def save_detector(
         For int8 the error of each weight, else None.
     """
     tensors, aliases = _untied(get_state_dict(model))
-    warn_of_lost_zeros(model, (header['backbone'] or {}).get('steps', []))
+    steps = [*(header['backbone'] or {}).get('steps', []), *getattr(model, 'lean_steps', [])]
+    warn_of_lost_zeros(model, steps)
     tensors, storage, report = store(tensors, weights, packed=True)
     version = {'format': INT8_VERSION} if 'int8' in storage else {}
     text = json.dumps({**header, **version, 'aliases': aliases, **storage})
@@ -94,21 +103,63 @@ def export_detector(
     Raises:
         LeanError: The checkpoint does not fit the config, or the folder cannot be written.
     """
-    model: Any
-    if config is None:
-        if not str(checkpoint).endswith('.safetensors'):
-            raise LeanError(f'{checkpoint} does not say which detector it holds. Give its config.')
-        model = load_detector(checkpoint, trust_imports=trust_imports)
-        cfg, metainfo = model.cfg, model.dataset_meta
-    else:
-        cfg = config if isinstance(config, Config) else open_config(config)
-        model = build_detector(cfg)
-        metainfo = load_strictly(model, checkpoint).get('meta', {}).get('dataset_meta', {})
-    header = describe(cfg, model, {k.lower(): v for k, v in metainfo.items()})
+    model: Any = open_detector(checkpoint, config, trust_imports=trust_imports)
+    header = describe(model.cfg, model, model.dataset_meta)
     with atomic_dir(out_dir) as temporary:
         (temporary / CONFIG_FILE).write_text(header['config'])
         save_detector(model, temporary / WEIGHTS_FILE, header, weights)
     return Path(out_dir)
+
+
+def open_detector(
+        source: str | Path, config: str | Path | Config | None = None, *, device: str | torch.device = 'cpu',
+        trust_imports: Sequence[str] = (),
+) -> nn.Module:
+    """Load a detector from whatever there is of it: one of this package's files, or weights and their config.
+
+    Args:
+        source: As for `load_detector`; with a config also a `.pth` of MMDetection's model zoo or of a training.
+        config: A config file, `'mmdet::...'`, `'timm_lean::...'` or an open config. It is trusted: it is code. None if
+            the source says its config itself.
+        device: Where to put it.
+        trust_imports: For a config from the source, see `load_detector`.
+
+    Returns:
+        The detector in eval mode, with `cfg` and `dataset_meta`.
+
+    Raises:
+        LeanError: The source does not say which detector it holds, cannot be read, or does not fit the config.
+    """
+    if config is None:
+        if not Path(source).is_dir() and not str(source).endswith('.safetensors'):
+            raise LeanError(f'{source} does not say which detector it holds. Give its config.')
+        return load_detector(source, device, trust_imports=trust_imports)
+    cfg = copy.deepcopy(config) if isinstance(config, Config) else open_config(config)
+    weights = Path(source) / WEIGHTS_FILE if Path(source).is_dir() else Path(source)
+    adopt_structure(cfg, weights)
+    model: Any = build_detector(cfg)
+    metainfo = load_strictly(model, weights).get('meta', {}).get('dataset_meta') or {}
+    note_pruned(model)
+    model.cfg, model.dataset_meta = cfg, {'palette': 'random', **{k.lower(): v for k, v in metainfo.items()}}
+    return model.to(device).eval()
+
+
+def note_pruned(model: nn.Module) -> None:
+    """Once the weights are loaded: where kernels were pruned, note how many, so that saving can tell a loss."""
+    if isinstance(getattr(model, 'backbone', None), TimmBackbone):
+        model.backbone.note_zeros()  # type: ignore[union-attr, operator]
+    if has_step(model, PRUNED_STEP):
+        note_zeros(model)
+
+
+def write_detector(model: nn.Module, path: str | Path) -> None:
+    """Write a detector that has `cfg` and `dataset_meta` to a `.safetensors` file, with its structure as it is now.
+
+    Args:
+        model: What `open_detector` or `load_detector` gave, restructured or not.
+        path: The file.
+    """
+    save_detector(model, path, describe(model.cfg, model, model.dataset_meta))  # type: ignore[arg-type]
 
 
 def load_detector(
@@ -146,8 +197,7 @@ def load_detector(
     except Exception as e:  # the detectors' classes check their arguments in their own ways
         reason = ' '.join((str(e) if isinstance(e, LeanError) else f'{type(e).__name__}: {e}').split())[:300]
         raise CheckpointError(f'{name} does not describe a detector that can be built: {reason}') from e
-    if isinstance(getattr(model, 'backbone', None), TimmBackbone):
-        model.backbone.note_zeros()
+    note_pruned(model)
     model.dataset_meta = {'palette': 'random', **header['metainfo']}
     model.cfg = cfg
     return model.to(device).eval()
@@ -168,7 +218,7 @@ def build_detector(cfg: Config) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     if 'model' not in cfg:
         raise LeanError('The config has no model.')
-    return MODELS.build(cfg.model)
+    return MODELS.build(copy.deepcopy(cfg.model))  # some constructors take their settings apart
 
 
 def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[str, Any]:
@@ -185,7 +235,7 @@ def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[st
     Raises:
         CheckpointError: The checkpoint is another detector's; the message names tensors.
     """
-    checkpoint = _load(path)
+    checkpoint = load_checkpoint(path)
     given = {k.removeprefix('module.'): v for k, v in checkpoint.get('state_dict', checkpoint).items()}
     if isinstance(getattr(model, 'backbone', None), TimmBackbone):
         model.backbone.adopt_names(given, 'backbone.')  # type: ignore[union-attr, operator]
@@ -200,25 +250,14 @@ def load_strictly(model: nn.Module, path: str | Path, part: str = '') -> dict[st
     return checkpoint
 
 
-def _load(path: str | Path) -> dict[str, Any]:
-    from mmengine.runner.checkpoint import CheckpointLoader
-    if str(path).endswith('.safetensors'):
-        return load_from_safetensors(str(path), 'cpu')
-    try:
-        return CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
-    except FileNotFoundError as e:
-        raise CheckpointError(f'The checkpoint {path} does not exist.') from e
-    except Exception as e:  # pickle and zip errors of all kinds
-        raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
-
-
 def _self_contained(cfg: Config, model: nn.Module) -> Config:
-    """A copy of a config that names no files to initialize from, with the backbone's recipe and the neck's channels."""
+    """A copy of a config that names no files to initialize from, with steps, backbone's recipe and neck's channels."""
     cfg = Config(cfg.to_dict()) if hasattr(cfg, 'to_dict') else Config(dict(cfg))
     cfg.load_from, cfg.resume = None, False
     cfg.pop('work_dir', None)  # a place on the machine it was trained on; and equal runs give equal files
     if 'model' not in cfg:  # a Runner that was given a model, not its config
         return cfg
+    set_steps(cfg, getattr(model, 'lean_steps', []))
     backbone = getattr(model, 'backbone', None)
     if isinstance(backbone, TimmBackbone):
         name, args = copy.deepcopy(backbone.recipe).create_args()

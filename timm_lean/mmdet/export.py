@@ -1,28 +1,31 @@
-"""A detector's backbone alone, as ONNX and torch.export files for other runtimes.
+"""Detectors as ONNX and torch.export files for other runtimes: the tensors of their heads, their features, or less.
 
-Necks and heads stay with MMDetection: their post-processing is not one graph. Runtimes that want the features get them.
+The selection of boxes (NMS) is not in the files. In a detector of one stage all before it is; the second stage of a
+two-stage detector looks at boxes that the first one selects, so there the graph ends with the first.
 """
+import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
+from mmdet.models.detectors import DetectionTransformer, TwoStageDetector
 from PIL import Image
 
 from timm_lean.errors import LeanError
 from timm_lean.export.auto import fold_as_asked
 from timm_lean.export.table import Form, format_forms, time_forms, write_forms
 
-from .backbone import TimmBackbone
-from .detector import build_detector, load_detector, load_strictly
+from .detector import open_detector
+from .on_images import PARTS
 from .predict import read_image
 from .scenes import write_scenes
-from .settings import open_config
 
-__all__ = ['BackboneForms', 'export_backbone']
+__all__ = ['DetectorForms', 'export_forms', 'graph_of']
 
 _CHECK_IMAGES = 8
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp')
@@ -30,33 +33,35 @@ IMG_SIZE = 320
 
 
 @dataclass(frozen=True)
-class BackboneForms:
-    """What `export_backbone` wrote; `str()` says it.
+class DetectorForms:
+    """What `export_forms` wrote; `str()` says it.
 
     Attributes:
-        levels: Stride and channels of every output.
-        forms: The backbone in PyTorch, then the files.
+        outputs: Name of every output, its stride (0 if it is no map) and its channels.
+        forms: The same part in PyTorch, then the files.
         times: Milliseconds of each.
         shape: `[1, 3, H, W]`, the input of the latencies in the table.
-        folded: What was folded; '' if nothing was to be.
+        notes: What was folded, and what is not in the files.
     """
-    levels: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[str, int, int], ...]
     forms: list[Form]
     times: list[float]
     shape: tuple[int, int, int, int]
-    folded: str = ''
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        levels = ', '.join(
-            f'level_{i}: stride {stride}, {channels} channels' for i, (stride, channels) in enumerate(self.levels))
-        notes = [self.folded, *(form.note for form in self.forms), f'levels: {levels}']
+        outputs = ', '.join(
+            f'{name}: ' + (f'stride {stride}, ' if stride else '') + f'{channels} channels'
+            for name, stride, channels in self.outputs)
+        notes = [*self.notes, *(form.note for form in self.forms), f'outputs: {outputs}']
         return '\n'.join([*filter(None, notes), format_forms(self.forms, self.times, self.shape)])
 
 
-def export_backbone(
+def export_forms(
         source: str | Path,
         *,
         config: str | Path | None = None,
+        part: str = 'whole',
         onnx: str | Path | None = None,
         torch_export: str | Path | None = None,
         fold: str | None = None,
@@ -64,40 +69,104 @@ def export_backbone(
         data_dir: str | Path | None = None,
         device: torch.device | str = 'cpu',
         trust_imports: Sequence[str] = (),
-) -> BackboneForms:
-    """Write the backbone of a trained detector in other forms, each checked against PyTorch on real images.
+) -> DetectorForms:
+    """Write a trained detector in other forms, each checked against PyTorch on real images.
+
+    The input is an image batch as the detector's preprocessor normalizes it.
 
     Args:
         source: A file of `SafetensorsHook`, a folder of `export_detector`, or a `.pth` with its `config`.
-        config: The detector's config, if it is a `.pth`.
+        config: The detector's config, if the source does not say it.
+        part: 'whole': what the heads of a one-stage detector give, `head_<i>_level_<j>` the i-th of their outputs; of
+            two stages features and region proposals before their selection. 'features': the neck's outputs `level_<j>`
+            (the backbone's if there is no neck). 'backbone': the backbone's.
         onnx: The `.onnx` file to write.
         torch_export: The `.pt2` file to write.
         fold: Fold shared bases first: 'all' of them, or 'auto', those that are faster dense on `device`.
         img_size: Side of the images it is checked and timed on, in pixels.
         data_dir: Images to check with; the embedded scenes if None.
-        device: Where the backbone in PyTorch is timed.
+        device: Where the detector in PyTorch is timed.
         trust_imports: See `load_detector`.
 
     Raises:
-        LeanError: Not a detector with a `TimmBackbone`, too few images, or a form that computes something else.
+        LeanError: Not a detector, one whose head cannot be exported, too few images, or a form that computes something
+            else.
     """
-    if config:
-        model: Any = build_detector(open_config(config))
-        load_strictly(model, source)
-    else:
-        model = load_detector(source, trust_imports=trust_imports)
-    if not isinstance(model.backbone, TimmBackbone):
-        raise LeanError(f'{source}: the backbone is a {type(model.backbone).__name__}, only a TimmBackbone can be '
-                        'exported alone.')
+    if part not in PARTS:
+        raise LeanError(f'part must be one of {", ".join(PARTS)}, got {part!r}.')
+    detector: Any = open_detector(source, config, trust_imports=trust_imports)
+    if part == 'whole' and isinstance(detector, DetectionTransformer):
+        raise LeanError(f'{source}: the head of a {type(detector).__name__} reads the sizes of its images, which is no '
+                        "graph of images alone. Its features can be exported: --part features (part='features').")
     device, cpu = torch.device(device), torch.device('cpu')
     shape = (1, 3, img_size, img_size)
-    images = _normalized(_images(data_dir, img_size), model.data_preprocessor)
-    net = model.backbone.net.eval()
-    first = Form.of_file(source, net, device, f'backbone of {source}')
-    net, folded = fold_as_asked(net, fold, shape, device)
-    forms = [first, *write_forms(net.to(cpu), images, onnx=onnx, torch_export=torch_export)]
-    levels = zip(model.backbone.out_strides, model.backbone.out_channels, strict=True)
-    return BackboneForms(tuple(levels), forms, time_forms(forms, shape), shape, folded)
+    images = _normalized(_images(data_dir, img_size), detector.data_preprocessor)
+    graph: nn.Module = _Graph(detector, part).eval()
+    with torch.no_grad():
+        tensors = graph(images[:1])
+    outputs = tuple((name, img_size // tensor.shape[2] if tensor.ndim == 4 else 0, tensor.shape[1])
+                    for name, tensor in tensors.items())
+    first = Form.of_file(source, graph, device, f'{part} of {source}')
+    graph, folded = fold_as_asked(graph, fold, shape, device)
+    forms = [first, *write_forms(_Unnamed(graph).to(cpu).eval(), images, onnx=onnx, torch_export=torch_export,
+                                 names=list(tensors))]
+    note = ''
+    if part == 'whole' and isinstance(detector, TwoStageDetector):
+        note = 'two stages: backbone, neck and region proposals (before their selection); the second stage is left out'
+    return DetectorForms(outputs, forms, time_forms(forms, shape), shape, (folded, note))
+
+
+def graph_of(detector: nn.Module, part: str) -> nn.Module:
+    """A part of a detector as a network from images `[B, 3, H, W]` to a list of tensors, to be exported."""
+    return _Unnamed(_Graph(detector, part)).eval()
+
+
+class _Graph(nn.Module):
+    """A part of a detector as a function of images `[B, 3, H, W]` to named tensors."""
+
+    def __init__(self, detector: nn.Module, part: str):
+        super().__init__()
+        kept = {'backbone': ('backbone',), 'features': ('backbone', 'neck')}.get(part)
+        alone = copy.copy(detector)  # the preprocessor's tables, and what is not run, do not go into the file
+        alone._modules = {name: module for name, module in detector._modules.items()
+                          if (name in kept if kept else name not in ('data_preprocessor', 'roi_head'))}
+        self.detector, self.part = alone, part
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        detector: Any = self.detector
+        if self.part == 'backbone':
+            return _named('level', detector.backbone(images))
+        features = detector.extract_feat(images)
+        if self.part == 'features':
+            return _named('level', features)
+        if not isinstance(detector, TwoStageDetector):
+            return _named('head', detector.bbox_head(features))
+        proposals = _named('rpn', detector.rpn_head(features)) if detector.with_rpn else {}
+        return {**_named('level', features), **proposals}
+
+
+class _Unnamed(nn.Module):
+    """Its tensors as a list, which is what the forms of a model give."""
+
+    def __init__(self, named: nn.Module):
+        super().__init__()
+        self.named = named  # `graph` is an attribute of every exported module
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return list(self.named(images).values())
+
+
+def _named(name: str, outputs: Any) -> dict[str, torch.Tensor]:
+    """The tensors in nested outputs, called by their places: `head_0_level_2`."""
+    if isinstance(outputs, torch.Tensor):
+        return {name: outputs}
+    found: dict[str, torch.Tensor] = {}
+    items: Sequence[tuple[Any, Any]] = list(
+        outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs) if outputs is not None else ())
+    for key, item in items:
+        of_level = isinstance(item, torch.Tensor) and '_' in name
+        found |= _named(f'{name}_level_{key}' if of_level else f'{name}_{key}', item)
+    return found
 
 
 def _images(data_dir: str | Path | None, size: int) -> np.ndarray:

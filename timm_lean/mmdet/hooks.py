@@ -16,8 +16,9 @@ from mmengine.runner import EpochBasedTrainLoop
 from timm_lean.errors import CheckpointError, LeanError
 from timm_lean.regularizers import create_regularizer, loss_terms, set_progress
 
+from .adopt import STEPS_META
 from .backbone import TimmBackbone
-from .detector import describe, save_detector
+from .detector import describe, note_pruned, save_detector
 from .scope import HOOKS, register
 from .weights import detector_header
 
@@ -112,21 +113,24 @@ class SafetensorsHook(Hook):
         self.best: float | None = None
         self._prunings = 0  # before the best one
         self._header: dict[str, Any] = {}
+        self._structure: Any = None
 
     def before_train(self, runner: Any) -> None:
         if runner.rank != 0:
             return
-        backbone = getattr(unwrap(runner.model), 'backbone', None)
-        if isinstance(backbone, TimmBackbone):
-            backbone.note_zeros()
+        note_pruned(unwrap(runner.model))
         metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', {})
         self._header = describe(runner.cfg, unwrap(runner.model), metainfo)
+        self._structure = _structure(unwrap(runner.model))
         if runner._resume and self._path(runner, 'best').is_file():
             try:
                 header = detector_header(self._path(runner, 'best'))
                 self.best, self._prunings = header.get('score'), header.get('prunings', 0)
             except CheckpointError as e:
                 runner.logger.warning(f'{e} The best checkpoint starts anew.')
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint['meta'][STEPS_META] = list(getattr(unwrap(runner.model), 'lean_steps', []))
 
     def after_train_epoch(self, runner: Any) -> None:
         if runner.rank == 0 and (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
@@ -156,13 +160,20 @@ class SafetensorsHook(Hook):
 
     def _save(self, runner: Any, name: str, model: nn.Module, **extra: Any) -> None:
         detector = unwrap(runner.model)
-        backbone = getattr(detector, 'backbone', None)
-        if isinstance(backbone, TimmBackbone) and asdict(backbone.recipe) != self._header['backbone']:
-            self._header = describe(runner.cfg, detector, self._header['metainfo'])  # it has been pruned since
+        if _structure(detector) != self._structure:  # it has been changed since
+            self._header = describe(runner.cfg, detector, self._header['metainfo'])
+            self._structure = _structure(detector)
         save_detector(model, self._path(runner, name), {**self._header, **extra})
 
     def _path(self, runner: Any, name: str) -> Path:
         return Path(self.out_dir or runner.work_dir) / f'{name}.safetensors'
+
+
+def _structure(detector: nn.Module) -> Any:
+    """The steps taken so far, those in the backbone's own recipe too."""
+    backbone = getattr(detector, 'backbone', None)
+    recipe = asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None
+    return recipe, list(getattr(detector, 'lean_steps', []))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from timm_lean.checkpoint.files import output_file
 from timm_lean.errors import LeanError
 
-from .checks import check_settings, registry_errors
-from .data import check_data, datasets
+from .adopt import adopt_structure
+from .checks import registry_errors
+from .data import datasets
 from .detector import WEIGHTS_FILE, load_detector, load_strictly
+from .fit_machine import prepare
 from .hooks import unwrap
 from .own_data import settle_data
 from .settings import open_config
@@ -55,15 +56,19 @@ def train_detector(
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise LeanError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config.')
         cfg.auto_scale_lr.enable = True
+    sources = [cfg.get('load_from')]
     if resume is not None:
+        sources.insert(0, find_latest_checkpoint(cfg.work_dir) if resume == 'auto' else resume)
         cfg.resume = True
         cfg.load_from = None if resume == 'auto' else resume
+    for source in filter(None, sources):
+        adopt_structure(cfg, source)
     prepare(cfg, ('train', 'val'))
     with registry_errors():
         runner = Runner.from_cfg(cfg)
     if cfg.get('load_from'):
         # MMEngine loads it again, and only warns about what does not fit; heads may be others, the backbone not
-        load_strictly(unwrap(runner.model), cfg.load_from, part='' if cfg.resume else 'backbone.')
+        load_strictly(unwrap(runner.model), cfg.load_from, part='' if cfg.get('resume') else 'backbone.')
     with registry_errors():
         runner.train()
 
@@ -106,6 +111,7 @@ def test_detector(
         cfg = _settle(_stored_config(path, trust_imports), checkpoint, **kwargs)
     else:
         cfg = _settle(open_config(config), config, **kwargs)
+        adopt_structure(cfg, path / WEIGHTS_FILE if path.is_dir() else path)
     cfg.load_from, cfg.resume = None, False
     prepare(cfg, ('test',))
     if show or show_dir:
@@ -171,30 +177,6 @@ def _augment(cfg: Config) -> None:
                 type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs', meta_keys=meta_keys)]])]
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-
-
-def prepare(cfg: Config, splits: Sequence[str]) -> None:
-    """Check a config's settings and data and fit it to this machine, in place.
-
-    Raises:
-        LeanError: A setting is out of range, or annotations are missing, damaged or do not fit the config.
-    """
-    check_settings(cfg, splits)
-    check_data(cfg, splits)
-    if torch.cuda.is_available():
-        return
-    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
-        print('No GPU: training in full precision (MMEngine has no AMP on CPUs).', flush=True)
-        cfg.optim_wrapper = ConfigDict({
-            **{k: v for k, v in cfg.optim_wrapper.items() if k not in ('loss_scale', 'dtype', 'use_fsdp')},
-            'type': 'OptimWrapper'})
-    if cfg.get('launcher', 'none') == 'pytorch':
-        # MMEngine would choose a CUDA device for the process
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False)))
 
 
 def _settle(

@@ -30,7 +30,7 @@ def settle_data(cfg: Config, data_root: str | Path | None = None, classes: Seque
     """
     roots = {dataset.get('data_root') for split in ('train', 'val', 'test') for dataset in _of_split(cfg, split)}
     if data_root:
-        set_data_root(cfg, data_root)
+        set_data_root(cfg, data_root, () if cfg.get('data_root') else roots - {None})
     elif cfg.get('data_root') and roots and cfg.data_root not in roots:
         set_data_root(cfg, cfg.data_root, roots - {None})
     if classes is not None:

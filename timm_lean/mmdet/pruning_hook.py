@@ -4,8 +4,10 @@ from typing import Any
 import torch.nn as nn
 from mmengine.hooks import EMAHook, Hook
 
+from timm_lean.checkpoint.recipe import has_step, record_step
 from timm_lean.errors import LeanError
 from timm_lean.pruning import KernelPruner, ZeroKeeper
+from timm_lean.pruning.kernels import STEP
 from timm_lean.pruning.report import KernelReport, LayerReport
 
 from .arguments import check_arguments
@@ -80,9 +82,8 @@ class KernelPruningHook(Hook):
                             f'into the {last} {"epochs" if self.by_epoch else "iterations"} of the training.')
         model = unwrap(runner.model)
         target = submodule(model, self.target, 'KernelPruningHook')
-        backbone = self._backbone(model)
-        if backbone is not None:
-            target.lean_steps = backbone.lean_steps  # type: ignore[assignment]
+        for part in (model, self._backbone(model)):
+            self._record(part, target)  # the pruner looks for earlier prunings there
         self.pruner = self._create(target)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
@@ -90,7 +91,7 @@ class KernelPruningHook(Hook):
                 self.pruner.follow(submodule(averaged, self.target, 'KernelPruningHook'))
         if self._resumed is not None:
             self.pruner.load_state_dict(self._resumed)
-            self._record(model, target)
+            self._tell_detector(model)
         runner.message_hub.update_info(PRUNINGS, self.pruner.updates)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -99,8 +100,7 @@ class KernelPruningHook(Hook):
         if self.pruner.set_progress(runner.iter / per_epoch):
             self._tell(runner.logger, self.pruner.report)
             runner.message_hub.update_info(PRUNINGS, self.pruner.updates)
-            model = unwrap(runner.model)
-            self._record(model, submodule(model, self.target, 'KernelPruningHook'))
+            self._tell_detector(unwrap(runner.model))
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert self.pruner is not None
@@ -137,7 +137,15 @@ class KernelPruningHook(Hook):
                     f"{100 * report.share:.1f} %. scope='layer' takes the same share of every layer; target='backbone' "
                     'leaves neck and heads alone.')
 
-    def _record(self, model: nn.Module, target: nn.Module) -> None:
-        backbone = self._backbone(model)
+    def _tell_detector(self, model: nn.Module) -> None:
+        """Note on what the checkpoints are written from that kernels were pruned."""
+        target, backbone = submodule(model, self.target, 'KernelPruningHook'), self._backbone(model)
         if backbone is not None:
-            backbone.lean_steps = target.lean_steps  # type: ignore[assignment]
+            self._record(target, backbone)
+        if backbone is None or target is model:
+            self._record(target, model)
+
+    def _record(self, source: nn.Module | None, target: nn.Module) -> None:
+        for step in getattr(source, 'lean_steps', []):
+            if step['op'] == STEP and not has_step(target, STEP):
+                record_step(target, **step)

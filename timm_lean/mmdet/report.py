@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from mmdet.structures import DetDataSample
 
 from timm_lean.measure import count_macs, count_params, inference, measure_latency, peak_memory
 from timm_lean.measure.report import ModelReport
 
 from .data import datasets
 from .detector import WEIGHTS_FILE, load_detector
+from .on_images import image_samples
 
-__all__ = ['detector_report']
+__all__ = ['detector_macs', 'detector_report', 'test_size']
 
 _IMG_SIZE = 640  # of detectors whose config does not say
 _DIVISOR = 32  # the coarsest level of most detectors
@@ -43,11 +43,11 @@ def detector_report(
         CheckpointError: The source is no detector that can be loaded.
     """
     detector: Any = load_detector(source, trust_imports=trust_imports)
-    side = img_size or _test_size(detector.cfg)
+    side = img_size or test_size(detector.cfg)
     weights = Path(source) / WEIGHTS_FILE if Path(source).is_dir() else Path(source)
     shape = (1, 3, side, side)
     report = ModelReport(
-        str(source), count_params(detector), count_macs(_OnImages(detector, 'tensor'), shape), weights.stat().st_size,
+        str(source), count_params(detector), detector_macs(detector, side), weights.stat().st_size,
         side)
     if latency:
         place, model = torch.device(device), _OnImages(detector, 'predict')
@@ -58,6 +58,12 @@ def detector_report(
     return report
 
 
+def detector_macs(detector: Any, side: int | None = None) -> int:
+    """Multiply-accumulates of a forward pass of one image; `side` in pixels, that of the config's test if None."""
+    side = side or test_size(detector.cfg)
+    return count_macs(_OnImages(detector, 'tensor'), (1, 3, side, side))
+
+
 class _OnImages(nn.Module):
     """A detector as a function of images `[B, 3, H, W]` alone."""
 
@@ -66,14 +72,11 @@ class _OnImages(nn.Module):
         self.detector, self.mode = detector, mode
 
     def forward(self, x: torch.Tensor) -> Any:
-        size = tuple(x.shape[2:])
-        samples = [DetDataSample(metainfo=dict(
-            img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.)))
-            for _ in x]
-        return self.detector(x, samples, mode=self.mode)
+        return self.detector(x, image_samples(x), mode=self.mode)
 
 
-def _test_size(cfg: Any) -> int:
+def test_size(cfg: Any) -> int:
+    """The shorter side of the images that a config's detector is tested with, rounded up to a multiple of 32."""
     tested = [dataset['pipeline'] for dataset in datasets((cfg.get('test_dataloader') or {}).get('dataset'))]
     scales = [step['scale'] for step in (tested or [()])[0] if step.get('scale')]
     side = min(scales[0]) if scales and isinstance(scales[0], (list, tuple)) else _IMG_SIZE

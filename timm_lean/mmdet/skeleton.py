@@ -14,10 +14,11 @@ from mmengine.config import Config
 from mmengine.runner import get_state_dict
 from torch.overrides import TorchFunctionMode
 
-from timm_lean.checkpoint.limits import Work, check_numbers, check_tensors, limited
+from timm_lean.checkpoint.limits import Work, check_numbers, check_steps, check_tensors, limited
 from timm_lean.errors import CheckpointError
 
 from .backbone import TimmBackbone
+from .structure import set_steps, steps_of
 
 __all__ = ['check_work', 'misfit', 'tied_names']
 
@@ -40,11 +41,19 @@ def check_work(
     Raises:
         CheckpointError: It takes more work than these tensors justify, or has others.
     """
+    architecture = _architecture(cfg)
     try:
         check_tensors(shapes)
-        check_numbers(_counts(cfg.model), shapes, _NUMBERS)
-        with limited(shapes, _architecture(cfg), cpu_memory=True) as work, torch.device('meta'), _Ramps():
-            model = build(copy.deepcopy(cfg))  # some constructors take their settings apart
+        steps = steps_of(cfg)
+        check_steps(steps)
+        plain = copy.deepcopy(cfg)
+        set_steps(plain, [])
+        check_numbers(_counts(plain.model), shapes, _NUMBERS)  # steps make nothing larger that they are given
+        if steps:  # they may take more work than a detector, on a detector that is not too much by itself
+            with limited(shapes, architecture, cpu_memory=True), torch.device('meta'), _Ramps():
+                build(plain)
+        with limited(shapes, architecture, steps=bool(steps), cpu_memory=True) as work, torch.device('meta'), _Ramps():
+            model = build(cfg)
     except CheckpointError as e:
         raise e if source in str(e) else CheckpointError(f'{source} cannot be loaded: {e}') from e
     _check_bytes(work, shapes, source)

@@ -3,7 +3,8 @@
 Importing this file registers a loader with MMEngine, so that `load_from=`, `resume`'s checkpoints aside, `init_cfg`,
 `init_detector` and `load_checkpoint` take `.safetensors` files.
 """
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,17 @@ from timm_lean.checkpoint.recipe import Recipe
 from timm_lean.checkpoint.stored import Stored
 from timm_lean.errors import CheckpointError
 
+from .settings import parse_config
+from .structure import steps_of
 from .trust import check_recipe
 
-__all__ = ['DETECTOR_KEY', 'Weights', 'detector_header', 'load_from_safetensors', 'read_weights', 'tensor_shapes']
+__all__ = [
+    'DETECTOR_KEY', 'Weights', 'detector_header', 'format_version', 'load_checkpoint', 'load_from_safetensors',
+    'read_weights', 'tensor_shapes',
+]
 
 DETECTOR_KEY = 'timm_lean_detector'
-FORMAT_VERSION = 1
+FORMATS = (1, INT8_VERSION)  # the second with structural steps on the whole detector, or weights in int8
 _PREFIXES = ('backbone.net.', 'net.', 'backbone.')  # a detector, its backbone, a detector of MMDetection's own
 
 
@@ -59,19 +65,16 @@ def read_weights(path: str, prefix: str | None = None, *, header_only: bool = Fa
     if str(path).endswith('.safetensors'):
         metadata, shapes, tensors = _read(path, tensors=not header_only)
         if DETECTOR_KEY in metadata:
-            backbone = detector_header(path).get('backbone')
+            header = detector_header(path)
+            _check_backbone_alone(header, str(path))
+            backbone = header.get('backbone')
             recipe = Recipe(**backbone) if backbone else None
         elif MODEL_KEY in metadata:
             recipe = read_recipe(path)
     elif header_only:  # other formats have no recipe
         tensors = {}
     else:
-        try:
-            checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
-        except FileNotFoundError as e:
-            raise CheckpointError(f'The checkpoint {path} does not exist.') from e
-        except Exception as e:  # pickle and zip errors of all kinds
-            raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
+        checkpoint = load_checkpoint(path)
         tensors = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
         if not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise CheckpointError(f'{path} holds no state dict.')
@@ -106,6 +109,22 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
     return {'state_dict': tensors, 'meta': meta}
 
 
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of a detector, `.safetensors` or `.pth`, as MMEngine's loaders give it, on the CPU.
+
+    Raises:
+        CheckpointError: It does not exist or cannot be read.
+    """
+    if str(path).endswith('.safetensors'):
+        return load_from_safetensors(str(path), 'cpu')
+    try:
+        return CheckpointLoader.load_checkpoint(str(path), map_location='cpu', logger='silent')
+    except FileNotFoundError as e:
+        raise CheckpointError(f'The checkpoint {path} does not exist.') from e
+    except Exception as e:  # pickle and zip errors of all kinds
+        raise CheckpointError(f'The checkpoint {path} cannot be read: {str(e).splitlines()[0]}') from e
+
+
 def detector_header(path: str | Path) -> dict[str, Any]:
     """The checked header of a detector written by this package.
 
@@ -117,15 +136,21 @@ def detector_header(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} was not written by SafetensorsHook or export_detector: it does not say which '
                               'detector it holds.')
     header = parse_entry(metadata[DETECTOR_KEY], f'The header of {path}')
-    if not isinstance(header, dict) or header.get('format') not in (FORMAT_VERSION, INT8_VERSION):
+    if not isinstance(header, dict) or type(header.get('format')) is not int or header['format'] not in FORMATS:
         version = repr(header.get('format') if isinstance(header, dict) else header)[:100]
-        raise CheckpointError(f'{path} has detector format {version}; this version reads {FORMAT_VERSION} and '
-                              f'{INT8_VERSION}. Update timm-lean if the file is newer.')
+        raise CheckpointError(f'{path} has detector format {version}; this version reads '
+                              f'{" and ".join(map(str, FORMATS))}. '
+                              'Update timm-lean if the file is newer.')
     _check_entries(header, str(path))
     palette = header['metainfo'].get('palette')
     if isinstance(palette, list):  # JSON has no tuples, and MMDetection draws in colours that are tuples only
         header['metainfo']['palette'] = [tuple(colour) for colour in palette]
     return header
+
+
+def format_version(cfg: Mapping[str, Any]) -> int:
+    """The format of the file of a detector with this config: 1 where versions that know no steps can read it."""
+    return FORMATS[bool(steps_of(cfg))]
 
 
 def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -135,6 +160,15 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         CheckpointError: The file is damaged or something else.
     """
     return _read(path, tensors=False)[1]
+
+
+def _check_backbone_alone(header: dict[str, Any], path: str) -> None:
+    """Refuse the file of a detector whose backbone is not what its recipe says, but was changed with the whole."""
+    for step in steps_of(parse_config(header['config'], path)):
+        if step.get('op') != 'prune_kernels' and '"backbone.' in json.dumps(step):
+            raise CheckpointError(
+                f'{path} holds a detector that was changed as a whole ({step.get("op")}), its backbone cannot be taken '
+                'out. Train the detector on by its own config with load_from=FILE, without model.backbone.checkpoint.')
 
 
 def _check_entries(header: dict[str, Any], path: str) -> None:

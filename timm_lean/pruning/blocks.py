@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from timm_lean.calibration import Calibration, calibrate
 from timm_lean.checkpoint.recipe import record_step, register_step
@@ -68,6 +69,7 @@ def remove_blocks(
         include: Patterns = None,
         exclude: Patterns = None,
         calibration: Calibration | Iterable[Any] | None = None,
+        example_input: torch.Tensor | None = None,
 ) -> nn.Module:
     """Remove residual blocks. Give exactly one of `count`, `blocks` and `ratio`.
 
@@ -81,6 +83,8 @@ def remove_blocks(
         calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: the blocks are
             ranked by them, and the layers that are left make up for each that went, see `calibrate`. Only `blocks` can
             do without.
+        example_input: An image `[1, C, H, W]` to run the network with where there are no images; of the size that timm
+            says if None.
 
     Returns:
         A new network in the mode of the given one, with a `BlockReport` as `.lean_report`.
@@ -99,7 +103,10 @@ def remove_blocks(
     setting = None if calibration is None else Calibration.of(calibration).hold()
     if setting is not None and setting.forward is not None:
         raise LeanError('Block removal runs networks on images alone, without forward=: give the backbone by itself.')
-    images = _example(model) if setting is None else _some_images(model, setting.batches)
+    if setting is not None:
+        images = _some_images(model, setting.batches)
+    else:
+        images = _example(model) if example_input is None else example_input
     names = _choose_from(model, images[:1], include, exclude)
     order = None if blocks is None else _check_names(model, blocks, names)
     amount = _amount(model, len(names), count if order is None else len(order), ratio)
@@ -268,7 +275,10 @@ def _effects(
             changes[name] = float((out - args[0]).norm() / args[0].norm().clamp_min(1e-30))
         return hook
 
-    truth = copy.deepcopy(original).eval()(images)
+    def outputs(network: nn.Module) -> torch.Tensor:
+        return torch.cat([tensor.flatten() for tensor in tree_leaves(network(images))])
+
+    truth = outputs(copy.deepcopy(original).eval())
     trial = copy.deepcopy(new).eval()
     handles = [trial.get_submodule(name).register_forward_hook(measure(name)) for name in names]
     trial(images)
@@ -278,7 +288,7 @@ def _effects(
     for name in names:
         block = trial.get_submodule(name)
         _remove(trial, [name])
-        error = float((trial(images) - truth).norm() / truth.norm().clamp_min(1e-30))
+        error = float((outputs(trial) - truth).norm() / truth.norm().clamp_min(1e-30))
         effects.append((name, error, changes[name]))
         parent, _, leaf = name.rpartition('.')
         setattr(trial.get_submodule(parent), leaf, block)

@@ -24,7 +24,15 @@ from timm_lean.layers.patterns import Patterns, match_names
 from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
-from .graph import build_graph, channel_group, channel_groups, conv_groups, is_consistent
+from .graph import (
+    build_graph,
+    channel_group,
+    channel_groups,
+    conv_groups,
+    is_consistent,
+    output_layers,
+    unknown_layer,
+)
 from .importance import SpectralImportance
 from .resize import record_resize
 from .sizes import ModelSizes
@@ -81,10 +89,11 @@ def prune_channels(
 ) -> nn.Module:
     """Remove the least important channels of a timm model.
 
-    The classifier's classes are never removed.
+    The classifier's classes are never removed; of a network that is none, whatever it gives back.
 
     Args:
-        model: A model made by `timm.create_model`, pruned before or not.
+        model: A model made by `timm.create_model`, pruned before or not, or any other network that maps an image batch
+            to tensors.
         example_inputs: An input `[B, C, H, W]` to trace it with, on the model's device.
         criterion: How kernels are scored, see `spectral`.
         pruning_ratio: Share of channels to remove, in (0, 1): of every group of layers, or of all together.
@@ -119,7 +128,8 @@ def prune_channels(
     x = example_inputs.detach()
     graph = build_graph(new, x)  # fails now, and clearly, if the model cannot be traced
     macs, sizes, tracker = count_macs(new, x.shape), ModelSizes.of(new, x), ChannelTracker(new)
-    ignored = {*classifier_modules(new), *_ignored(new, include, exclude)}
+    given_back = classifier_modules(new) if hasattr(new, 'get_classifier') else output_layers(graph)
+    ignored = {*given_back, *_ignored(new, include, exclude)}
     start: dict[str, int] = {}
     for step in range(1, iterative_steps + 1):
         if step > 1:
@@ -141,7 +151,7 @@ def prune_channels(
         raise LeanError(f'{type(model).__name__} cannot run with fewer channels, its code fixes them: '
                         f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}. Name the layers to leave alone by '
                         'exclude.') from e
-    record_resize(new)
+    record_resize(new, model)
     report = ChannelReport(
         params=(count_params(model), count_params(new)), macs=(macs, macs_after), touched=changed_params(model, new),
         kept=tracker.kept, kept_inputs=tracker.kept_inputs, layers=_widths(model, tracker.kept),
@@ -227,6 +237,8 @@ def _score(
             unchanged[name] = 'the code pads, slices or splits its channels'
         elif len(group[0].idxs) % parts:
             unchanged[name] = f'its channels cannot be divided among {parts} groups'
+        elif unknown_layer(group):
+            unchanged[name] = 'a layer of a kind that Torch-Pruning does not know reads or makes its channels'
         elif (values := _importance(importance, group)) is None:
             unchanged[name] = 'nothing to score'
         elif not bool(torch.isfinite(values).all()):

@@ -180,7 +180,7 @@ def compact(
     if change > _TOLERANCE * max(scale, 1e-6):
         raise LeanError(f'{type(model).__name__} cannot be compacted: it mixes channels in a way that is not traced, '
                         f'and its outputs would change by {change:.3g} of {scale:.3g}.')
-    record_resize(new)
+    record_resize(new, model)
     report = CompactReport(
         params=(cost[0], count_params(new)), macs=(cost[1], count_macs(new, x.shape)), removed=tuple(removed.items()),
         constants=constants, left=left, change=change, scale=scale, kept=tracker.kept, kept_inputs=tracker.kept_inputs)

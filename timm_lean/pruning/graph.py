@@ -21,7 +21,8 @@ from torch_pruning.dependency import Dependency
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
 
-__all__ = ['build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent']
+__all__ = [
+    'build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent', 'output_layers', 'unknown_layer']
 
 _MAX_CHANNELS = 200_000  # of a layer; the most that timm's have are 25,088, the flattened inputs of VGG's classifier
 
@@ -247,3 +248,26 @@ def is_consistent(group: Any) -> bool:
         if sorted(set(idxs)) != list(range(count)) if whole else max(idxs, default=0) >= count:
             return False
     return True
+
+
+def output_layers(graph: Any) -> list[nn.Module]:
+    """The layers whose output channels a network gives back: those behind which no other layer comes."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    todo = [node for node in graph.module2node.values() if not node.outputs]
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node.module, (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d, SharedBasisLinear)):
+            found.append(node.module)
+        else:
+            todo += node.inputs
+    return found
+
+
+def unknown_layer(group: Any) -> bool:
+    """Whether channels of a group are those of filters that are no layer's of a known kind (deformable convolution)."""
+    return any(isinstance(dep.target.module, nn.Parameter) and sum(n > 1 for n in dep.target.module.shape) > 2
+               for dep, _ in group)

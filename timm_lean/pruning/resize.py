@@ -19,12 +19,22 @@ STEP = 'resize'
 _SKIPPED = {'num_classes', 'training', 'kernel_size', 'stride', 'padding', 'dilation', 'output_padding'}
 
 
-def record_resize(model: nn.Module) -> None:
-    """Note on a model how it differs in size from what its recipe builds; an earlier such note right before is merged.
+def record_resize(model: nn.Module, before: nn.Module) -> None:
+    """Note on a model how it differs in size from what it was.
+
+    Of a timm model the note is about what its recipe builds, and takes the place of such a note right before.
+
+    Args:
+        model: The model.
+        before: What it was before it lost channels.
 
     Raises:
-        LeanError: The model was not made by timm, or modules were added or taken out.
+        LeanError: Modules were added or taken out.
     """
+    if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
+        if modules := _differences(before, model):
+            record_step(model, STEP, modules=modules)
+        return
     recipe = recipe_of(model)
     while recipe.steps and recipe.steps[-1]['op'] == STEP:
         recipe.steps.pop()

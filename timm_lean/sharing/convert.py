@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 from timm_lean.calibration import Calibration, calibrate, insert_norms
 from timm_lean.checkpoint.recipe import record_step, register_step
@@ -282,8 +283,7 @@ def _measure(model: nn.Module, new: nn.Module, x: torch.Tensor, layers: list[Lay
             layer.output_error = _relative(replaced(*args), y)
         old.get_submodule(layer.name).register_forward_hook(hook)
     outputs, others = old(x), new(x)
-    if isinstance(outputs, torch.Tensor):
-        outputs, others = [outputs], [others]
+    outputs, others = tree_leaves(outputs), tree_leaves(others)
     return max(_relative(b, a) for a, b in zip(outputs, others, strict=True))
 
 

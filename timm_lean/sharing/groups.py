@@ -185,14 +185,30 @@ def _parameters(layer: nn.Module) -> int:
 def _stage_index(model: nn.Module) -> Any:
     """A function from a module's name to its stage: the first feature level whose module has not passed yet.
 
-    timm's CNNs register their modules in the order of execution. A `features_only` network joins names by `_`.
+    timm's CNNs register their modules in the order of execution. A `features_only` network joins names by `_`. Of a
+    network without feature levels, such as a detector, the parts that its names tell apart are the stages.
     """
     info: Any = getattr(model, 'feature_info', None)
     levels = [i['module'] for i in (info if isinstance(info, (list, tuple)) else getattr(info, 'info', None) or [])
               if isinstance(i, dict) and i.get('module')]
     names = [name for name, _ in model.named_modules()]
+    if not levels:
+        parts = list(dict.fromkeys(_part(name) for name in names))
+        return lambda name: parts.index(_part(name))
     flat = [name.replace('.', '_') + '_' for name in names]
     ends = [max((i for i, n in enumerate(flat) if n.startswith(level.replace('.', '_') + '_')), default=-1)
             for level in levels]
     position = {name: i for i, name in enumerate(names)}
     return lambda name: sum(0 <= end < position[name] for end in ends)
+
+
+def _part(name: str) -> str:
+    """The part of a network that a module is in: its name up to the first number (`backbone.layer2`, `neck.convs`)."""
+    words: list[str] = []
+    for word in name.split('.')[:-1]:
+        if word.isdigit():
+            break
+        words.append(word)
+        if word[-1].isdigit():
+            break
+    return '.'.join(words)
