@@ -269,5 +269,5 @@ def output_layers(graph: Any) -> list[nn.Module]:
 
 def unknown_layer(group: Any) -> bool:
     """Whether channels of a group are those of filters that are no layer's of a known kind (deformable convolution)."""
-    return any(isinstance(dep.target.module, nn.Parameter) and sum(n > 1 for n in dep.target.module.shape) > 2
-               for dep, _ in group)
+    shapes = [dep.target.module.shape for dep, _ in group if isinstance(dep.target.module, nn.Parameter)]
+    return any(len(shape) > 2 and min(shape[:2]) > 1 for shape in shapes)
