@@ -160,6 +160,17 @@ def test_the_best_network_that_meets_the_target(model, images, quick, tmp_path):
         assert torch.equal(load_model(tmp_path / 'new.safetensors')(images[0]), new(images[0]))
 
 
+def test_int8_counts_as_it_is_stored(model, images, quick, tmp_path):
+    new = compress(model, 'file=0.4', images, evaluate=by_params, techniques=['int8', 'share'])
+    report = new.lean_report
+    assert report.weights == 'int8' and report.chosen.plan.share == 1  # nothing else need go
+    save_model(new, tmp_path / 'new.safetensors', weights=report.weights)
+    assert (tmp_path / 'new.safetensors').stat().st_size == report.chosen.sizes.file
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / 'new.safetensors')(images[0]), new(images[0]))
+        assert not torch.equal(model(images[0]), new(images[0]))
+
+
 def test_two_targets_hold_together(model, images, quick):
     new = compress(model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels'])
     sizes = new.lean_report.chosen.sizes

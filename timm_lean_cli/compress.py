@@ -25,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--nearest', action='store_true',
                    help='where that is not possible, write the network within --max-drop that comes nearest')
     p.add_argument('--techniques', nargs='+', metavar='NAME',
-                   help='to use: blocks, channels, share, kernels (default: all)')
+                   help='to use: blocks, channels, share, kernels, int8 (default: all)')
     p.add_argument('--minutes', type=float, metavar='N', help='time for the search (default 20)')
     p.add_argument('--judge', type=int, metavar='N',
                    help=f'judge networks by so many evaluation images (default {_JUDGING_IMAGES:,})')
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
             if e.nearest:
                 print('Write it by --nearest.', file=sys.stderr)
             return NOT_MET
-        save_model(new, output)
         report = new.lean_report
+        save_model(new, output, weights=report.weights)
         report.write_csv(folder / 'frontier.csv')
         report.plot(folder / 'frontier.png')
         top1 = {name: _accuracy(model, options, None)(network) for name, network in (('before', model), ('after', new))}

@@ -60,7 +60,7 @@ def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
     print(report)
     report.plot(folder / 'frontier.png')
     report.write_csv(folder / 'frontier.csv')
-    save_model(small, folder / 'small.safetensors')
+    save_model(small, folder / 'small.safetensors', weights=report.weights)
 
     print('\n3. Before and after')
     reports = model_reports([str(dense), str(folder / 'small.safetensors')], latency=True)

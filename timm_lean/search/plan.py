@@ -1,4 +1,5 @@
 """A way to compress a network: how much of each technique, in the order that works."""
+import copy
 import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from timm_lean.checkpoint.int8 import dequantize, quantize
 from timm_lean.pruning import prune_channels, prune_kernels, remove_blocks
 from timm_lean.sharing import share
 
 __all__ = ['HELPS', 'TECHNIQUES', 'Plan']
 
-TECHNIQUES = ('blocks', 'channels', 'share', 'kernels')
+TECHNIQUES = ('blocks', 'channels', 'share', 'kernels', 'int8')
 # What a technique can make smaller. Zero kernels are still computed with and still parameters, only the file leaves
 # them out; a shared basis is multiplied out before a k x k convolution, so that its time stays.
 HELPS = {
@@ -21,6 +23,7 @@ HELPS = {
     'channels': ('params', 'macs', 'file', 'latency'),
     'share': ('params', 'file'),
     'kernels': ('file',),
+    'int8': ('file',),
 }
 _ROUND_TO = 4
 _DIGITS = 3  # of an amount: what a search tries stays the same from run to run
@@ -35,11 +38,13 @@ class Plan:
         channels: Share of every layer's channels to remove.
         share: Parameters after conversion to shared bases, as a share of those before; 1 for none.
         kernels: Share of the kernels to prune.
+        int8: Store weights as int8.
     """
     blocks: tuple[str, ...] = ()
     channels: float = 0.
     share: float = 1.
     kernels: float = 0.
+    int8: bool = False
 
     def make(self, model: nn.Module, x: torch.Tensor, images: Iterable[Any] | None = None) -> nn.Module:
         """The compressed network.
@@ -63,7 +68,16 @@ class Plan:
                 model = share(model, params=self.share, calibration=images)
             if self.kernels:
                 model = prune_kernels(model, amount=self.kernels, calibration=images)
-        return model
+        return self.stored(model)
+
+    def stored(self, model: nn.Module) -> nn.Module:
+        """The network as it will be read from its file."""
+        if not self.int8:
+            return model
+        new, tensors = copy.deepcopy(model), dict(model.state_dict())
+        small, names, _ = quantize(tensors)
+        new.load_state_dict({**tensors, **{name: dequantize(name, small.__getitem__) for name in names}})
+        return new
 
     def rounded(self) -> 'Plan':
         """The same with amounts of few digits."""
@@ -86,6 +100,8 @@ class Plan:
             parts.append(f'shared bases with {100 * self.share:.3g} % of the parameters')
         if self.kernels:
             parts.append(f'{100 * self.kernels:.3g} % of the kernels pruned')
+        if self.int8:
+            parts.append('weights stored as int8')
         return ', '.join(parts) or 'as it is'
 
 

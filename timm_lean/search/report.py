@@ -69,6 +69,11 @@ class CompressReport(LeanReport):
         return (f'{self.chosen}: {", ".join(costs)}; {self.judged_by} {self.original.score:.2f} -> '
                 f'{self.chosen.score:.2f} % ({change:+.2f} points)')
 
+    @property
+    def weights(self) -> str:
+        """How the network is to be stored, an argument of `save_model`."""
+        return 'int8' if self.chosen.plan.int8 else 'float'
+
     def frontier(self, quantity: str) -> list[Candidate]:
         """Candidates that no other one beats in this quantity and the score, the smallest first."""
         points = [self.original, *self.candidates]
@@ -92,11 +97,12 @@ class CompressReport(LeanReport):
         """All candidates, one per row, the original first."""
         with atomic_file(path) as temporary, open(temporary, 'w', newline='') as f:
             writer = csv.writer(f)
-            writer.writerow([*QUANTITIES, 'score', 'blocks', 'channels', 'share', 'kernels', 'tuned', 'chosen'])
+            writer.writerow([*QUANTITIES, 'score', 'blocks', 'channels', 'share', 'kernels', 'int8', 'tuned',
+                             'chosen'])
             for each in (self.original, *self.candidates):
                 plan = each.plan
                 writer.writerow([*(getattr(each.sizes, name) for name in QUANTITIES), round(each.score, 4),
-                                 ' '.join(plan.blocks), plan.channels, plan.share, plan.kernels, each.tuned,
+                                 ' '.join(plan.blocks), plan.channels, plan.share, plan.kernels, plan.int8, each.tuned,
                                  each == self.chosen])
 
     def plot(self, path: str | Path) -> None:
@@ -134,6 +140,6 @@ def _by_kind(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     for each in candidates:
         plan = each.plan
         used = [name for name, on in (('blocks', plan.blocks), ('channels', plan.channels), ('share', plan.share < 1),
-                                      ('kernels', plan.kernels)) if on]
+                                      ('kernels', plan.kernels), ('int8', plan.int8)) if on]
         kinds.setdefault(' + '.join(used) + ', tuned' * each.tuned, []).append(each)
     return kinds

@@ -35,6 +35,7 @@ _MOST_MIXES = 24
 _PATIENCE = 5  # mixes in a row without a better one
 _TUNED = 2  # candidates that are trained further
 _RANKING_IMAGES = 64
+_ANY = 1e-3  # an amount of a technique that is all or nothing
 _BACK = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)  # of the way to a target that costs too much
 
 
@@ -62,7 +63,7 @@ def compress(
         batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them; labels are not read.
         evaluate: Accuracy of a network in per cent, on images that `batches` does not hold. Without, a quarter of the
             batches is held out, and a network is judged by how often its first choice is the original's.
-        techniques: Those of 'blocks', 'channels', 'share' and 'kernels' that may be used.
+        techniques: Those of 'blocks', 'channels', 'share', 'kernels' and 'int8' that may be used.
         max_drop: At most so many points of `evaluate` may be lost.
         minutes: Time for the search; the network that is being made when it ends is finished, `finetune` comes after.
         finetune: Trains a network further and returns it; the best two candidates get it.
@@ -73,7 +74,8 @@ def compress(
         progress: Show a progress bar.
 
     Returns:
-        A new network in eval mode, with a `CompressReport` as `.lean_report`.
+        A new network in eval mode, with a `CompressReport` as `.lean_report`. Save it with
+        `save_model(new, path, weights=new.lean_report.weights)`.
 
     Raises:
         TargetError: The targets are out of reach, or not within `max_drop`.
@@ -163,7 +165,7 @@ class _Search:
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
         names = self.space.techniques
-        waiting = set(all_mixes(names, _PARTS))
+        waiting = set(filter(_sensible, all_mixes(names, _PARTS)))
         seen: set[Mix] = {((name, 1.),) for name in names}
         shares = {name: self._shares(name) for name in names}
         best, idle = float('inf'), 0
@@ -180,7 +182,7 @@ class _Search:
             drop, idle = self.original.score - candidate.score, idle + 1
             if drop < best:
                 best, idle = drop, 0
-                waiting |= set(neighbours(mix, names, _STEP)) - seen
+                waiting |= set(filter(_sensible, neighbours(mix, names, _STEP))) - seen
 
     def _promise(self, mix: Mix, shares: Mapping[str, list[Curve]]) -> float:
         factor = predict_factor(mix, shares, self.limits)
@@ -190,7 +192,7 @@ class _Search:
     def _shares(self, name: str) -> list[Curve]:
         """What a technique alone leaves of each targeted quantity."""
         points: list[dict[float, float]] = [{0.: 1.} for _ in self.targets]
-        for amount in (0.25, 0.5, 0.75, 1.):
+        for amount in (_ANY, 1.) if name == 'int8' else (0.25, 0.5, 0.75, 1.):
             sizes = self.space.sizes(self.space.plan({name: amount}))
             for target, curve in zip(self.targets, points, strict=True):
                 if sizes is not None:
@@ -208,7 +210,7 @@ class _Search:
                     network = plan.make(self.model, self.space.x, self.images)
                 except LeanError:
                     return None
-                noted = self.space.measure(network), self.judge(network)
+                noted = self.space.measure(network, plan), self.judge(network)
                 self.journal.add(plan, *noted, time.monotonic() - start)
                 self.networks[plan] = network
             if noted is not None:
@@ -219,15 +221,16 @@ class _Search:
         self.found[candidate.plan], self.ways[candidate.plan] = candidate, dict(amounts)
         if len(amounts) == 1:
             (name, amount), = amounts.items()
-            self.losses[name][amount] = max(self.original.score - candidate.score, 0.)
+            loss = max(self.original.score - candidate.score, 0.)
+            self.losses[name].update({_ANY: loss, 1.: loss} if name == 'int8' else {amount: loss})
         keep = {c.plan for c in self._sorted([c for c in self.found.values() if self._met(c)])[:_TUNED]}
         self.networks = {plan: network for plan, network in self.networks.items() if plan in keep}
         self.bar.update()
         self.bar.set_postfix_str(f'{self.judge.name} {candidate.score:.2f} %')
 
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
-        network = finetune(copy.deepcopy(self._network(candidate))).eval()
-        tuned = Candidate(candidate.plan, self.space.measure(network), self.judge(network), tuned=True)
+        network = candidate.plan.stored(finetune(copy.deepcopy(self._network(candidate))).eval())
+        tuned = Candidate(candidate.plan, self.space.measure(network, candidate.plan), self.judge(network), tuned=True)
         self.networks[candidate.plan] = network
         return tuned
 
@@ -292,6 +295,11 @@ class _Search:
     @property
     def _late(self) -> bool:
         return time.monotonic() - self.start > 60 * self.minutes
+
+
+def _sensible(mix: Mix) -> bool:
+    """Whether a technique that is all or nothing is all."""
+    return dict(mix).get('int8', 1.) == 1.
 
 
 def _check(techniques: Any, max_drop: Any, minutes: Any, evaluate: Any) -> None:

@@ -45,6 +45,7 @@ def measure_sizes(
         x: torch.Tensor,
         quantities: Collection[str] = QUANTITIES,
         original: tuple[nn.Module, float] | None = None,
+        weights: str = 'float',
 ) -> Sizes:
     """Measure a network.
 
@@ -54,6 +55,7 @@ def measure_sizes(
         quantities: Those to measure.
         original: Another network and the milliseconds that count for it: the latency is given relative to it, measured
             in turn, so that a machine that became slower or faster meanwhile does not matter.
+        weights: How the file stores them, see `save_model`.
     """
     values: dict[str, Any] = {}
     if 'params' in quantities:
@@ -61,7 +63,7 @@ def measure_sizes(
     if 'file' in quantities:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'model.safetensors'
-            save_model(model, path)
+            save_model(model, path, weights=weights)
             values['file'] = path.stat().st_size
     if {'macs', 'latency'} & set(quantities):
         form, values['macs'] = _cheaper_form(model, x)

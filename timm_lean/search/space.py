@@ -78,7 +78,7 @@ class Space:
             new = plan.make(self.model, self.x)
         except LeanError as e:
             return str(e)
-        self._sizes[plan] = self._measure(new, self.quantities)
+        self._sizes[plan] = self._measure(new, plan, self.quantities)
         return ''
 
     def plan(self, amounts: Mapping[str, float]) -> Plan:
@@ -87,21 +87,23 @@ class Space:
         return replace(
             Plan(), blocks=tuple(self._blocks[:count]), channels=_MOST_CHANNELS * amounts.get('channels', 0.),
             share=1 - (1 - self._floor) * amounts.get('share', 0.), kernels=_MOST_KERNELS * amounts.get('kernels', 0.),
+            int8=amounts.get('int8', 0.) > 0,  # all or nothing
         ).rounded()
 
-    def measure(self, model: nn.Module) -> Sizes:
-        """What a network costs, its latency only if that is a target, relative to the original's."""
-        return self._measure(model, {*_ALWAYS, *self.quantities})
+    def measure(self, model: nn.Module, plan: Plan) -> Sizes:
+        """What a plan's network costs, its latency only if that is a target, relative to the original's."""
+        return self._measure(model, plan, {*_ALWAYS, *self.quantities})
 
-    def _measure(self, model: nn.Module, quantities: set[str]) -> Sizes:
+    def _measure(self, model: nn.Module, plan: Plan, quantities: set[str]) -> Sizes:
         latency = self.original.latency
-        return measure_sizes(model, self.x, quantities, None if latency is None else (self._anchor, latency))
+        anchor = None if latency is None else (self._anchor, latency)
+        return measure_sizes(model, self.x, quantities, anchor, 'int8' if plan.int8 else 'float')
 
     def sizes(self, plan: Plan) -> Sizes | None:
         """What a plan's network will cost of the targeted quantities; None where a technique refuses."""
         if plan not in self._sizes:
             try:
-                self._sizes[plan] = self._measure(plan.make(self.model, self.x), self.quantities)
+                self._sizes[plan] = self._measure(plan.make(self.model, self.x), plan, self.quantities)
             except LeanError:
                 self._sizes[plan] = None
         return self._sizes[plan]
