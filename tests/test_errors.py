@@ -24,3 +24,7 @@ def test_a_model_name_of_any_length():
     with pytest.raises(LeanError, match='Unknown model') as error:
         load_any('q' * 5000)
     assert len(str(error.value)) < 600
+
+
+def test_a_line_break_in_a_name_does_not_break_the_line():
+    assert str(LeanError('no class a\nb')) == 'no class a b'

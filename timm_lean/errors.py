@@ -10,11 +10,12 @@ _LONG_WORD = re.compile(r'\S{301,}')
 class LeanError(ValueError):
     """A request that cannot be met; the message says what, why and what to do.
 
-    Names in it that are too long to be names (a value of thousands of letters, pasted or from a damaged file) are cut.
+    It is one line: names in it that are too long to be names (a value of thousands of letters, pasted or from a damaged
+    file) are cut, and line breaks are blanks.
     """
 
     def __init__(self, *args: Any):
-        super().__init__(*(cut_words(arg) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(cut_words(' '.join(arg.splitlines())) if isinstance(arg, str) else arg for arg in args))
 
 
 class CheckpointError(LeanError):
