@@ -11,7 +11,7 @@ HEADLESS = $(BIN)/python -c "import cv2" 2>/dev/null || { $(PIP) uninstall --qui
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) opencv-python-headless; }
 
 # pip compiles on one core, and tests that nobody runs too.
-COMPILE = $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib || true
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
 N ?= 1000
 

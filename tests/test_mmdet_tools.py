@@ -26,6 +26,7 @@ from mmdet_support import (
     predictions_of,
     scenes_config,
 )
+from mmengine.visualization import Visualizer
 from PIL import Image
 
 from timm_lean import CheckpointError, LeanError, prune_channels
@@ -89,6 +90,8 @@ def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
     options = option_list(trained)[2:]
     assert detectors.test_main([str(SHARED), str(best), '--work-dir', str(tmp_path / 'a'), *options]) == 0
     arguments = ['--out', str(tmp_path / 'found.pkl'), '--show-dir', str(tmp_path / 'pictures')]
+    Visualizer.get_instance('visualizer')
+    Visualizer.get_instance('another run')  # the last one made in this process
     assert main(['test', str(best), '--work-dir', str(tmp_path / 'b'), *arguments]) == 0
     assert scores(tmp_path / 'a')['coco/bbox_mAP'] == scores(tmp_path / 'b')['coco/bbox_mAP']
     found = mmengine.load(tmp_path / 'found.pkl')

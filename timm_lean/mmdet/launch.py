@@ -6,6 +6,7 @@ a dataset. On a machine without a GPU, AMP is left out (MMEngine has none there)
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
@@ -121,6 +122,8 @@ def test_detector(
             test_out_dir=str(Path(show_dir).absolute()) if show_dir else None)
         if not cfg.get('visualizer'):  # a file says none, for it says where to write
             cfg.visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+        # the hook draws by the visualizer made last, and a name that an earlier run in this process used makes none
+        cfg.visualizer.name = f'test_{uuid4().hex}'
     if tta:
         _augment(cfg)
     with registry_errors():
