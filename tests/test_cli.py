@@ -229,8 +229,7 @@ def test_a_file_needs_no_word_on_weights_and_two_are_one_too_many(capsys, checkp
 
 
 @pytest.mark.parametrize('arguments', [
-    ['share', 'D', '--params', '0.5', '-o', 'o.safetensors'], ['validate', 'D'], ['analyze', 'D', '--criteria'],
-    ['train', '--model', 'D'], ['prune', 'D', '--amount', '0.5', '-o', 'o.safetensors'],
+    ['validate', 'D'], ['analyze', 'D', '--criteria'], ['train', '--model', 'D'],
     ['export', 'D', '-o', 'o.safetensors'], ['info', 'D', '--vs', 'resnet20_cifar']], ids=lambda a: a[0])
 def test_a_detector_is_named_as_one(capsys, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)

@@ -148,6 +148,12 @@ def test_training_mode_is_refused():
         compact(timm.create_model('resnet20_cifar').train(), torch.randn(1, 3, 32, 32))
 
 
-def test_a_model_without_a_timm_name_is_refused():
-    with pytest.raises(LeanError, match='no timm name'):
-        compact(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval(), torch.randn(1, 3, 8, 8))
+def test_a_network_of_no_toolkit():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1].zero_()
+        model[0].bias[1] = 0.
+    x = torch.randn(1, 3, 8, 8)
+    new = compact(model, x)
+    assert new[0].out_channels == new[2].in_channels == 3
+    torch.testing.assert_close(new(x), model(x))

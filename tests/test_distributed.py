@@ -101,10 +101,10 @@ def test_processes_of_a_run_augment_by_their_rank_but_share_the_order_of_cached_
 def test_detectors_on_gpus_are_left_to_mmengine(monkeypatch):
     """Mixed precision stays, and MMEngine chooses the GPU and, by the config, NCCL."""
     support = pytest.importorskip('mmdet_support', exc_type=ImportError)
-    from timm_lean.mmdet import launch
+    from timm_lean.mmdet import fit_machine, launch
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: pytest.fail('started'))
-    monkeypatch.setattr(launch, 'check_data', lambda *args: None)
+    monkeypatch.setattr(fit_machine, 'check_data', lambda *args: None)
     cfg = support.open_config(support.SHARED)
     cfg.launcher, cfg.optim_wrapper.type = 'pytorch', 'AmpOptimWrapper'
     launch.prepare(cfg, ('train', 'val'))

@@ -48,7 +48,7 @@ def _similarity(args: argparse.Namespace) -> None:
     check_picture(picture)
     options = {'batch_size': _BATCH, 'workers': 0, **data_options(args)}
     results = []
-    for source in filter(None, (args.model, args.vs)):
+    for source in [args.model] if args.vs is None else [args.model, args.vs]:
         model = open_model(args, source).to(options['device'])
         results.append(feature_similarity(
             model, open_eval_loader(model, **options), options['device'], max_batches=batches))

@@ -5,7 +5,7 @@ Paper: `Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural 
 """
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
@@ -54,6 +54,8 @@ class SharedBasisConv2d(nn.Module):
     Raises:
         LeanError: The ranks are not usable; the message names them.
     """
+
+    __jit_unused_properties__: ClassVar = ['weight', 'bias']  # for code that looks at layers; scripted networks do not
 
     def __init__(
             self,
@@ -157,8 +159,9 @@ class SharedBasisConv2d(nn.Module):
         return [bank for bank in (self.unique, self.basis) if bank is not None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._is_cheaper_composed(x):
-            return self._composed(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (a branch of its own is one that TorchScript leaves out)
+            if self._is_cheaper_composed(x):
+                return self._composed(x)
         return self.coeff(self.bn(self._convolve(x)))
 
     def _is_cheaper_composed(self, x: torch.Tensor) -> bool:
@@ -207,10 +210,14 @@ class SharedBasisConv2d(nn.Module):
         return weights[0] if len(weights) == 1 else _join(weights[0], weights[1], self.banks()[0].groups)
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        banks = self.banks()
-        if len({bank.groups for bank in banks}) == 1:
-            return self._conv(x, self.joined_filters(), banks[0].groups)
-        return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in banks], 1)
+        unique, basis = self.unique, self.basis
+        if unique is None or basis is None:
+            bank = unique if unique is not None else basis
+            assert bank is not None
+            return self._conv(x, bank.weight, bank.groups)
+        if unique.groups == basis.groups:
+            return self._conv(x, _join(unique.weight, basis.weight, basis.groups), basis.groups)
+        return torch.cat([self._conv(x, bank.weight, bank.groups) for bank in (unique, basis)], 1)
 
     def _conv(
             self, x: torch.Tensor, weight: torch.Tensor, groups: int, bias: torch.Tensor | None = None,

@@ -25,7 +25,7 @@ _MOST_KERNELS = 0.95
 _MOST_BLOCKS = 0.7  # of those that can go
 _ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured by what is targeted
 _STEPS = 7  # halvings of an interval of amounts
-_CLOSE = 0.97  # of a limit: near enough
+_AIM, _CLOSE = 0.99, 0.96  # of a limit: calibration may still change a size a little; and near enough
 
 
 class Space:
@@ -123,13 +123,13 @@ class Space:
         while end is None and high > 0.25:  # where a technique refuses its largest amount
             high -= 0.25
             end = self.sizes(self.plan(scaled(mix, high)))
-        if end is None or self.excess(end) > 1:
+        if end is None or self.excess(end) > _AIM:
             return None
         for _ in range(_STEPS):
             middle = (low + high) / 2
             sizes = self.sizes(self.plan(scaled(mix, middle)))
             excess = 2. if sizes is None else self.excess(sizes)
-            if excess <= 1:
+            if excess <= _AIM:
                 high = middle
                 if excess >= _CLOSE:
                     break
