@@ -247,6 +247,20 @@ def test_fine_tuning_decides_between_the_best(model, images, quick):
     assert report.chosen.sizes.params == tuned[1]
 
 
+def test_a_fine_tuning_that_harms_is_not_taken(model, images, quick):
+    def finetune(network):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.zero_()
+        return network
+
+    def evaluate(network):
+        return by_params(network) if any(p.any() for p in network.parameters()) else 0.
+
+    new = compress(model, 'params=0.7', images, evaluate=evaluate, finetune=finetune, techniques=['share'])
+    assert not new.lean_report.chosen.tuned and evaluate(new) == new.lean_report.chosen.score > 0
+
+
 @pytest.mark.parametrize(('options', 'told'), [
     (dict(techniques=['magic']), "'magic'"), (dict(techniques=[]), 'needs a technique'), (dict(minutes=0), 'minutes'),
     (dict(minutes=float('nan')), 'minutes'), (dict(max_drop=-1, evaluate=by_params), 'max_drop'),

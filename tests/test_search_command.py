@@ -4,18 +4,9 @@ import json
 import pytest
 import timm
 import torch
+from test_cli import run
 
-import timm_lean_cli
 from timm_lean import load_model, save_model
-
-
-def run(capsys, *args):
-    """Exit code, stdout and stderr of a command."""
-    try:
-        code = timm_lean_cli.main([str(a) for a in args])
-    except SystemExit as e:
-        code = e.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope='module')

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_lean.errors import LeanError
     from timm_lean.search import TargetError, compress
     from timm_lean.search.target import parse_targets
+    from timm_lean.training.evaluate import evaluate_source
     parse_targets(args.target)
     options = data_options(args)
     output = Path(args.output) if args.dry_run else output_file(args.output, '.safetensors')
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         save_model(new, output, weights=report.weights)
         report.write_csv(folder / 'frontier.csv')
         report.plot(folder / 'frontier.png')
-        top1 = {name: _accuracy(model, options, None)(network) for name, network in (('before', model), ('after', new))}
+        top1 = {name: evaluate_source(args.model, network, **options)['top1']
+                for name, network in (('before', model), ('after', new))}
     result = {'output': str(output), 'report': report.to_dict(), 'top1': top1}
     finish(args, result, f'{report}\non all evaluation images: {top1["before"]:.2f} -> {top1["after"]:.2f} %\n'
                          f'{output}, {folder / "frontier.png"}, frontier.csv')
@@ -99,7 +101,7 @@ def _loader(model: Any, options: dict[str, Any], split: str, limit: int | None) 
     return open_eval_loader(model, **options, split=split, limit=limit)
 
 
-def _accuracy(model: Any, options: dict[str, Any], limit: int | None) -> Any:
+def _accuracy(model: Any, options: dict[str, Any], limit: int) -> Any:
     """A function that gives a network's top-1 accuracy in per cent; images are decoded once."""
     from timm_lean.training.evaluate import evaluate
     batches = list(_loader(model, options, 'eval', limit))

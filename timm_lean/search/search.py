@@ -125,6 +125,7 @@ class _Search:
         self.ways: dict[Plan, dict[str, float]] = {}  # the amounts of each
         self.losses: dict[str, dict[float, float]] = {name: {0.: 0.} for name in self.space.techniques}
         self.networks: dict[Plan, nn.Module] = {}  # of the best, so that they need not be made twice
+        self.tuned: dict[Plan, nn.Module] = {}
         self.bar = tqdm(desc='compress', unit=' networks', disable=not progress, leave=False)
 
     def run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
@@ -180,7 +181,7 @@ class _Search:
             if candidate is None:
                 continue
             drop, idle = self.original.score - candidate.score, idle + 1
-            if drop < best:
+            if drop < best and self._met(candidate):
                 best, idle = drop, 0
                 waiting |= set(filter(_sensible, neighbours(mix, names, _STEP))) - seen
 
@@ -231,7 +232,7 @@ class _Search:
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
         network = candidate.plan.stored(finetune(copy.deepcopy(self._network(candidate))).eval())
         tuned = Candidate(candidate.plan, self.space.measure(network, candidate.plan), self.judge(network), tuned=True)
-        self.networks[candidate.plan] = network
+        self.tuned[candidate.plan] = network
         return tuned
 
     # what is chosen ------------------------------------------------------------------------------------------------
@@ -273,6 +274,8 @@ class _Search:
             f'that does not: {report}', nearest=report)
 
     def _network(self, candidate: Candidate) -> nn.Module:
+        if candidate.tuned:
+            return self.tuned[candidate.plan]
         if candidate.plan not in self.networks:
             self.networks[candidate.plan] = candidate.plan.make(self.model, self.space.x, self.images)
         return self.networks[candidate.plan]
