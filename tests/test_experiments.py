@@ -89,8 +89,14 @@ class TestQueueFile:
         with pytest.raises(LeanError, match='matches no run'):
             tools.choose(runs, ['q9/*'])
 
+    def test_a_run_says_which_images_it_needs(self, tools):
+        runs = [tools.Run(1, 'a', 0, f'python x.py {{run}}{images}') for images in ('', ' {data}', ' {bccd}')]
+        assert [run.needs for run in runs] == [None, 'data', 'bccd']
+        assert runs[2].command('RUNS', 'cifar', 'blood cells') == "python x.py RUNS/q1/a/seed0 'blood cells'"
+
     def test_the_shipped_queue_is_valid(self, tools):
         runs = tools.read_queue(TOOLS / 'experiments.yaml')
+        assert {run.needs for run in runs if run.question == 8} == {'bccd'}
         first = [run for run in runs if run.question == 1]
         assert len(first) == 12 and {run.seed for run in first} == {0, 1, 2}
 

@@ -4,6 +4,7 @@
     python tools/experiments.py run --data-dir CIFAR10 --only 'q1/dense/*' 'q1/shared/*'
     python tools/experiments.py status
     python tools/experiments.py report                                       # docs/results.md and its pictures
+    python tools/experiments.py run --bccd-dir BCCD --only 'q8/*'            # detectors
 
 CIFAR10 is a folder with train/CLASS/* and test/CLASS/*, or torchvision's (with cifar-10-batches-py). `run` takes one
 run after the other, at the lowest priority; stopped or killed, it goes on where it was when started again. Started
@@ -26,11 +27,16 @@ from timm_lean import LeanError
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the queue's `finally`, which stops the command
     data = image_folder(args.data_dir, args.runs) if args.data_dir else None
+    given = {None, *(name for name in ('data', 'bccd') if getattr(args, f'{name}_dir'))}
     runs = choose(read_queue(args.queue), args.only)
-    for each in runs:
-        if data is None and '{data}' in each.template:
-            raise LeanError(f'{each.label} needs images: give --data-dir.')
-    failed = Queue(runs, args.runs, args.results, data).work(args.nice, lambda line: print(line, flush=True))
+    left_out = [each for each in runs if each.needs not in given]
+    if len(left_out) == len(runs) or (left_out and args.only):
+        raise LeanError(f'{left_out[0].label} needs images: give --{left_out[0].needs}-dir.')
+    for needs in sorted({str(each.needs) for each in left_out}):
+        print(f'without --{needs}-dir {sum(each.needs == needs for each in left_out)} runs are left out')
+    runs = [each for each in runs if each.needs in given]
+    queue = Queue(runs, args.runs, args.results, data, args.bccd_dir)
+    failed = queue.work(args.nice, lambda line: print(line, flush=True))
     return 1 if failed else 0
 
 
@@ -60,13 +66,14 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument('--runs', type=Path, default=Path('output/experiments'), metavar='DIR', help='folder of runs')
         if function is run:
             sub.add_argument('--data-dir', type=Path, metavar='DIR', help='the images')
+            sub.add_argument('--bccd-dir', type=Path, metavar='DIR', help='BCCD in COCO format, for the detectors')
             sub.add_argument('--nice', type=int, default=19, help='priority of the commands (default 19, the lowest)')
     return p
 
 
 def main() -> int:
     args = parser().parse_args()
-    for name in ('runs', 'results', 'data_dir'):
+    for name in ('runs', 'results', 'data_dir', 'bccd_dir'):
         if getattr(args, name, None) is not None:
             setattr(args, name, getattr(args, name).resolve())  # commands run in the repository's root
     try:

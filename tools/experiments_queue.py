@@ -9,10 +9,10 @@
         seeds: [0, 1, 2]
         command: '{quick} --model-args shared_rank={rank} unique_rank=1'
 
-Filled in as well: {data}, the images; {run}, the run's folder; {runs}, the folder of all runs, for what starts from the
-result of an earlier one: {runs}/q1/dense/seed{seed}/last.safetensors. A command can be stopped at any time and is given
-again as it is, so it has to go on by itself. It leaves `last.safetensors` and `summary.csv`, as `timm-lean train` does,
-or a `result.json` with the same numbers.
+Filled in as well: {data}, the images; {bccd}, those of BCCD with their boxes; {run}, the run's folder; {runs}, the
+folder of all runs, for what starts from the result of an earlier one: {runs}/q1/dense/seed{seed}/last.safetensors. A
+command can be stopped at any time and is given again as it is, so it has to go on by itself. It leaves
+`last.safetensors` and `summary.csv`, as `timm-lean train` does, or a `result.json` with the same numbers.
 
 A run's lock is held by its process, not by the queue: a second queue started beside the first takes the next free run,
 and one started after a kill waits for what is still training.
@@ -58,7 +58,7 @@ class Run:
         question: Number of the question it helps to answer.
         name: What it is, without the seed.
         seed: Its seed.
-        template: The command with {data}, {run} and {runs} not yet filled in.
+        template: The command with {data}, {bccd}, {run} and {runs} not yet filled in.
         settings: The values of `each` that made it.
     """
     question: int
@@ -72,10 +72,16 @@ class Run:
         """`q1/dense/seed0`: for patterns, and below the folder of all runs."""
         return f'q{self.question}/{re.sub(r"[^A-Za-z0-9.+=]+", "-", self.name)}/seed{self.seed}'
 
-    def command(self, runs: Path | str = 'RUNS', data: Path | str = 'DATA') -> str:
+    @property
+    def needs(self) -> str | None:
+        """Which images it works on, 'data' or 'bccd'; None if it needs no folder."""
+        return next((name for name in ('data', 'bccd') if f'{{{name}}}' in self.template), None)
+
+    def command(self, runs: Path | str = 'RUNS', data: Path | str = 'DATA', bccd: Path | str = 'BCCD') -> str:
         """The command with folders filled in; without arguments, as the row shows it."""
         run = Path(runs) / self.label
-        return _fill(self.template, data=shlex.quote(str(data)), run=shlex.quote(str(run)), runs=shlex.quote(str(runs)))
+        folders = dict(data=data, bccd=bccd, run=run, runs=runs)
+        return _fill(self.template, **{name: shlex.quote(str(folder)) for name, folder in folders.items()})
 
 
 def read_queue(path: Path | str) -> list[Run]:
@@ -105,7 +111,7 @@ def _expand(entry: Any, define: dict[str, str]) -> Iterator[Run]:
     each = entry.get('each') or {}
     for values, seed in itertools.product(itertools.product(*each.values()), entry['seeds']):
         settings = dict(zip(each, values, strict=True))
-        folders = {name: f'{{{name}}}' for name in ('data', 'run', 'runs')}  # filled in later
+        folders = {name: f'{{{name}}}' for name in ('data', 'bccd', 'run', 'runs')}  # filled in later
         template = _fill(_fill(entry['command'], **define, **settings, **folders, seed='{seed}'),
                          **settings, **folders, seed=seed)
         yield Run(entry['question'], _fill(entry['name'], **settings), seed, template, settings)
@@ -126,10 +132,13 @@ class Queue:
         folder: Folder of all runs.
         results: Folder of the rows, one `qN.jsonl` for each question.
         data: The images; None if no command asks for any.
+        bccd: The same for those of BCCD.
     """
 
-    def __init__(self, runs: Sequence[Run], folder: Path, results: Path, data: Path | None = None):
-        self.runs, self.folder, self.results, self.data = runs, folder, results, data
+    def __init__(
+            self, runs: Sequence[Run], folder: Path, results: Path, data: Path | None = None, bccd: Path | None = None):
+        self.runs, self.folder, self.results = runs, folder, results
+        self.images = {'data': data, 'bccd': bccd}
 
     def work(self, nice: int = 19, say: Callable[[str], None] = print) -> int:
         """Run what has no row yet, one after the other.
@@ -186,7 +195,8 @@ class Queue:
                 yield lock
 
     def _execute(self, run: Run, nice: int, lock: Any) -> int:
-        program, *arguments = shlex.split(run.command(self.folder, self.data or ''))
+        program, *arguments = shlex.split(
+            run.command(self.folder, **{name: folder or '' for name, folder in self.images.items()}))
         if program not in ('timm-lean', 'python'):
             raise LeanError(f'{run.label}: a command starts with timm-lean or python, got {program!r}.')
         start = [sys.executable, *(['-m', 'timm_lean'] if program == 'timm-lean' else [])]
@@ -202,9 +212,10 @@ class Queue:
                 process.wait()
 
     def _add_row(self, run: Run) -> dict[str, Any]:
+        images = self.images[run.needs] if run.needs else None
         row = {
             'question': run.question, 'name': run.name, 'seed': run.seed, **measure(self.folder / run.label),
-            'settings': run.settings, 'data': describe_images(self.data) if self.data else 'digits',
+            'settings': run.settings, 'data': describe_images(images) if images else 'digits',
             'command': run.command(), 'commit': commit(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
                          'timm_lean': timm_lean.__version__},
@@ -286,10 +297,11 @@ def commit() -> str:
 
 
 def describe_images(folder: Path) -> str:
-    """How the images of a folder of class folders are stored: `PNG`, or `JPEG, quality 75, chroma halved`."""
-    file = next((path for path in sorted((folder / 'train').glob('*/*')) if path.is_file()), None)
+    """How the images of a folder are stored: `PNG`, or `JPEG, quality 75, chroma halved`."""
+    files = [*sorted((folder / 'train').glob('*/*')), *sorted((folder / 'images').glob('*'))]
+    file = next((path for path in files if path.is_file()), None)
     if file is None:
-        raise LeanError(f'{folder} holds no images train/CLASS/IMAGE.')
+        raise LeanError(f'{folder} holds no images train/CLASS/IMAGE or images/IMAGE.')
     with Image.open(file) as image:
         if not isinstance(image, JpegImagePlugin.JpegImageFile):
             return str(image.format)
