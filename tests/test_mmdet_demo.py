@@ -3,11 +3,17 @@ import mmdet_support  # noqa: F401  (skips without MMDetection)
 import pytest
 
 from timm_lean.mmdet.demo import detection_demo
+from timm_lean_cli.demo_steps import compress_detector
 
 
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
-    detection_demo(tmp_path)
+    directory = detection_demo(tmp_path)
     output = capsys.readouterr().out
     assert 'epoch 14/14' in output and 'COCO AP' in output and 'Average Precision' not in output
     assert next(tmp_path.glob('*/detection.png')).stat().st_size > 10_000
+    small = compress_detector(directory)
+    assert small.stat().st_size <= 0.3 * (directory / 'model.safetensors').stat().st_size
+    output = capsys.readouterr().out
+    assert '<- chosen' in output and 'when reloaded' in output
+    assert (small.parent / 'frontier.png').read_bytes()[:4] == b'\x89PNG'

@@ -15,6 +15,7 @@ from timm_lean.search.journal import Journal
 from timm_lean.search.judge import Judge, split_images
 from timm_lean.search.plan import Plan
 from timm_lean.search.sizes import Sizes, measure_sizes
+from timm_lean.search.subject import Network
 from timm_lean.search.target import parse_targets
 
 
@@ -93,12 +94,13 @@ class Shift(nn.Module):
 
 def test_agreement_is_the_share_of_equal_choices():
     images = [torch.arange(4.).view(4, 1, 1, 1), torch.arange(4.).view(4, 1, 1, 1)]
-    judge = Judge(Shift(), None, images)
+    judge = Judge(Network(Shift(), images), None, images)
     assert (judge.name, judge.reference, judge(Shift()), judge(Shift(1))) == ('agreement', 100., 100., 0.)
 
 
 def test_outputs_that_are_no_classes_are_compared():
-    judge = Judge(nn.Conv2d(1, 1, 1, bias=False), None, [torch.ones(2, 1, 2, 2)])
+    images = [torch.ones(2, 1, 2, 2)]
+    judge = Judge(Network(nn.Conv2d(1, 1, 1, bias=False), images), None, images)
     double = nn.Conv2d(1, 1, 1, bias=False)
     assert judge.name == 'likeness of the output' and judge.reference == pytest.approx(100.)
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_what_is_no_image_batch_is_told(model, batches):
 
 def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_path):
     small = timm_lean.share(model, params=0.6)
-    sizes, dense = (measure_sizes(m, images[0][:1], ('params', 'macs', 'file')) for m in (small, model))
+    sizes, dense = (measure_sizes(m, Network(m, images), ('params', 'macs', 'file')) for m in (small, model))
     save_model(small, tmp_path / 'small.safetensors')
     assert sizes.file == (tmp_path / 'small.safetensors').stat().st_size
     assert sizes.params == sum(p.numel() for p in small.parameters()) and sizes.latency is None
@@ -139,7 +141,7 @@ def quick(monkeypatch):
     make = Plan.make
     monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', 2)
     monkeypatch.setattr('timm_lean.search.space._STEPS', 4)
-    monkeypatch.setattr(Plan, 'make', lambda self, model, x, images=None: make(self, model, x))
+    monkeypatch.setattr(Plan, 'make', lambda self, model, subject, images=None: make(self, model, subject))
 
 
 def by_params(model):
@@ -174,7 +176,7 @@ def test_int8_counts_as_it_is_stored(model, images, quick, tmp_path):
 def test_two_targets_hold_together(model, images, quick):
     new = compress(model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels'])
     sizes = new.lean_report.chosen.sizes
-    original = measure_sizes(model, images[0][:1], ('params', 'macs'))
+    original = measure_sizes(model, Network(model, images), ('params', 'macs'))
     assert sizes.params <= 0.7 * original.params and sizes.macs <= 0.6 * original.macs
 
 

@@ -59,20 +59,23 @@ def add_data(p: argparse._ActionsContainer, folder: str = 'folder with val/ or t
     p.add_argument('--device', help='auto (default), cpu, cuda, cuda:N, ...')
 
 
-def add_calibration(p: argparse.ArgumentParser) -> None:
+def add_calibration(p: argparse.ArgumentParser, positions: bool = True) -> None:
     """Training images by which a changed network is repaired at once, see `timm_lean.calibration`."""
     p.add_argument('--calibrate', type=int, metavar='N',
                    help='repair the result at once by N training images without labels (default 512 with data, 0: not)')
+    if not positions:
+        return
     p.add_argument('--calibrate-positions', type=int, metavar='N',
                    help='fit each layer to N positions of each of these images at most (default 64)')
 
 
-def add_detector(p: argparse.ArgumentParser) -> None:
+def add_detector(p: argparse.ArgumentParser, part: bool = True) -> None:
     """What a detector is changed by: its config, the part of it, its data."""
     detector = p.add_argument_group('detectors of MMDetection')
     detector.add_argument('--det-config', metavar='CONFIG', help="the detector's config, if its file does not say it")
-    detector.add_argument('--target', nargs='+', metavar='NAME',
-                          help='only backbone, neck, bbox_head or another module (default: the whole detector)')
+    if part:
+        detector.add_argument('--target', nargs='+', metavar='NAME',
+                              help='only backbone, neck, bbox_head or another module (default: the whole detector)')
     detector.add_argument('--data-root', metavar='DIR', help="the data's folder, instead of the config's")
     detector.add_argument('--evaluate', action='store_true',
                           help="accuracy on the config's test set, by the config's evaluator")

@@ -1,7 +1,7 @@
 """The way of `prune` and `share` with a detector: open, change, save, train a little further, and compare."""
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,18 @@ from .arguments import given
 from .figures import Figures, figures_table
 from .opening import finish, is_detector, progress
 
-__all__ = ['change_detector', 'names_detector']
+__all__ = ['change_detector', 'check_detector_flags', 'names_detector']
 
 # of the flags that classification networks take too, those that detectors take
 _COMMON = ('calibrate', 'finetune_epochs', 'finetune_lr', 'device', 'seed')
 
 
-def names_detector(args: argparse.Namespace) -> bool:
-    """Whether the command line names a detector; its own flags given with another network are an error."""
+def names_detector(args: argparse.Namespace, own: Sequence[str] = ('target', 'data_root', 'evaluate')) -> bool:
+    """Whether the command line names a detector; its `own` flags given with another network are an error."""
     from timm_lean.errors import LeanError
     if args.det_config or is_detector(args.model):
         return True
-    if wrong := [flag for flag in ('target', 'data_root', 'evaluate') if getattr(args, flag)]:
+    if wrong := [flag for flag in own if getattr(args, flag)]:
         raise LeanError(f'--{wrong[0].replace("_", "-")} is for detectors, and {args.model} is none that says its '
                         'config. Give --det-config CONFIG for a .pth; classification networks take --data-dir.')
     return False
@@ -50,7 +50,7 @@ def change_detector(
     from timm_lean.mmdet.detector import write_detector
     from timm_lean.mmdet.runs import detector_scores, finetune_detector, set_data
     from timm_lean.training.device import resolve_device
-    _check_flags(args)
+    check_detector_flags(args)
     output = output_file(args.output, '.safetensors')
     device = resolve_device(**given(args, name='device'))
     model: Any = open_detector(args.model, args.det_config, **given(args, 'trust_imports'))
@@ -97,7 +97,7 @@ def _images(args: argparse.Namespace, model: Any) -> Any:
     return Calibration(images, progress=sys.stderr.isatty(), **given(args, positions='calibrate_positions'))
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def check_detector_flags(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
     from timm_lean.training import TrainConfig
     flags = [*vars(TrainConfig)['__dataclass_fields__'], 'pretrained', 'random_weights', 'distill']

@@ -1,4 +1,4 @@
-"""`timm-lean demo`: the main job in one go on embedded data, a detector included."""
+"""`timm-lean demo`: a user's story in one go on embedded data, a detector included."""
 import argparse
 
 from .arguments import given
@@ -17,13 +17,13 @@ def run(args: argparse.Namespace) -> None:
     import importlib.util
     from pathlib import Path
 
-    from .demo_steps import demo
+    from .demo_steps import compress_detector, demo
     detection = importlib.util.find_spec('mmdet') is not None if args.detection is None else args.detection
     demo(Path(args.output), **given(args, 'epochs'))
     if detection:
         from timm_lean.mmdet.demo import detection_demo
         print('\nAnd a detector')
-        detection_demo(Path(args.output) / 'detection')
+        compress_detector(detection_demo(Path(args.output) / 'detection'))
     else:
         print("MMDetection is not installed (pip install 'timm-lean[mmdet]') or not wanted: the detector's part is "
               'left out.')

@@ -10,7 +10,7 @@ from .arguments import given
 
 __all__ = ['data_options', 'device_of', 'finish', 'is_detector', 'open_model', 'progress']
 
-_DETECTOR_COMMANDS = 'info, predict, share, prune and export'
+_DETECTOR_COMMANDS = 'info, predict, compress, share, prune and export'
 
 
 def open_model(args: argparse.Namespace, source: str | None = None) -> Any:

@@ -31,16 +31,18 @@ configs.install()
 
 from .backbone import TimmBackbone  # noqa: E402
 from .channels import resolve_channels  # noqa: E402
-from .detector import export_detector, load_detector, open_detector  # noqa: E402
+from .detector import export_detector, load_detector, open_detector, write_detector  # noqa: E402
 from .hooks import RegularizerHook, SafetensorsHook  # noqa: E402
 from .predict import predict_images  # noqa: E402
 from .pruning_hook import KernelPruningHook  # noqa: E402
+from .runs import calibration_images  # noqa: E402
 from .scenes import DigitScenes, write_scenes  # noqa: E402
+from .scoring import average_precision  # noqa: E402
 from .structure_hooks import ChannelPruningHook, ShareHook  # noqa: E402
 from .verbs import lean_detector  # noqa: E402
 
 __all__ = [
     'ChannelPruningHook', 'DigitScenes', 'KernelPruningHook', 'RegularizerHook', 'SafetensorsHook', 'ShareHook',
-    'TimmBackbone', 'export_detector', 'lean_detector', 'load_detector', 'open_detector', 'predict_images',
-    'resolve_channels', 'write_scenes',
+    'TimmBackbone', 'average_precision', 'calibration_images', 'export_detector', 'lean_detector', 'load_detector',
+    'open_detector', 'predict_images', 'resolve_channels', 'write_detector', 'write_scenes',
 ]

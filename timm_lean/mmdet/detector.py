@@ -152,14 +152,19 @@ def note_pruned(model: nn.Module) -> None:
         note_zeros(model)
 
 
-def write_detector(model: nn.Module, path: str | Path) -> None:
+def write_detector(model: nn.Module, path: str | Path, weights: str = 'float') -> Int8Report | None:
     """Write a detector that has `cfg` and `dataset_meta` to a `.safetensors` file, with its structure as it is now.
 
     Args:
         model: What `open_detector` or `load_detector` gave, restructured or not.
         path: The file.
+        weights: 'float' or 'int8', as in `save_model`.
+
+    Returns:
+        For int8 the error of each weight, else None.
     """
-    save_detector(model, path, describe(model.cfg, model, model.dataset_meta))  # type: ignore[arg-type]
+    header = describe(model.cfg, model, model.dataset_meta)  # type: ignore[arg-type]
+    return save_detector(model, path, header, weights)
 
 
 def load_detector(

@@ -18,7 +18,7 @@ from .data import datasets
 from .detector import WEIGHTS_FILE, load_detector
 from .on_images import image_samples
 
-__all__ = ['detector_macs', 'detector_report', 'test_size']
+__all__ = ['OnImages', 'detector_macs', 'detector_report', 'test_size']
 
 _IMG_SIZE = 640  # of detectors whose config does not say
 _DIVISOR = 32  # the coarsest level of most detectors
@@ -50,7 +50,7 @@ def detector_report(
         str(source), count_params(detector), detector_macs(detector, side), weights.stat().st_size,
         side)
     if latency:
-        place, model = torch.device(device), _OnImages(detector, 'predict')
+        place, model = torch.device(device), OnImages(detector, 'predict')
         timing, = measure_latency([model], [shape], place, repeats)
         report.latency_ms, report.latency_spread_ms = 1000 * timing.median, 1000 * timing.spread
         report.peak_memory = peak_memory(inference(model, torch.randn(*shape, device=place)), place)
@@ -61,15 +61,16 @@ def detector_report(
 def detector_macs(detector: Any, side: int | None = None) -> int:
     """Multiply-accumulates of a forward pass of one image; `side` in pixels, that of the config's test if None."""
     side = side or test_size(detector.cfg)
-    return count_macs(_OnImages(detector, 'tensor'), (1, 3, side, side))
+    return count_macs(OnImages(detector, 'tensor'), (1, 3, side, side))
 
 
-class _OnImages(nn.Module):
+class OnImages(nn.Module):
     """A detector as a function of images `[B, 3, H, W]` alone."""
 
     def __init__(self, detector: nn.Module, mode: str):
         super().__init__()
         self.detector, self.mode = detector, mode
+        self.training = detector.training  # whoever puts the whole back into its mode puts back the detector's
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.detector(x, image_samples(x), mode=self.mode)

@@ -73,7 +73,7 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> No
         images.append(dict(id=index, file_name=name, width=size, height=size))
         for label, (x, y, w, h) in found:
             boxes.append(dict(
-                id=len(boxes), image_id=index, category_id=label, bbox=[x, y, w, h], area=w * h, iscrowd=0))
+                id=len(boxes) + 1, image_id=index, category_id=label, bbox=[x, y, w, h], area=w * h, iscrowd=0))
     categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES)]
     with atomic_file(root / 'annotations' / f'{split}.json') as temporary:
         temporary.write_text(json.dumps(dict(images=images, annotations=boxes, categories=categories)))

@@ -27,7 +27,7 @@ from .hooks import submodule
 from .on_images import forget, image_samples, on_images, traceable_parts
 from .report import test_size
 
-__all__ = ['check_runs', 'lean_detector', 'target_patterns']
+__all__ = ['check_runs', 'lean_detector', 'runnable_part', 'target_patterns']
 
 _SIDE = 128  # pixels of the images that a detector is traced with, where it takes such small ones
 _logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def target_patterns(detector: nn.Module, target: str | Sequence[str], include: A
 
 
 def _run(detector: Any, verb: Callable[..., Any], x: torch.Tensor, options: dict[str, Any]) -> Any:
-    with on_images(detector, _runnable(detector, x)):
+    with on_images(detector, runnable_part(detector, x)):
         if 'example_input' in inspect.signature(verb).parameters:
             options = {'example_input': x, **options}
         new = verb(detector, **options)
@@ -166,7 +166,7 @@ def _example(detector: Any, side: int | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _runnable(detector: Any, x: torch.Tensor) -> str:
+def runnable_part(detector: Any, x: torch.Tensor) -> str:
     """The most of a detector that runs on images alone."""
     twin = copy.deepcopy(detector).eval()
     for part in traceable_parts(detector):

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 
 from timm_lean.checkpoint.files import atomic_file, writable_dir
-from timm_lean.checkpoint.recipe import recipe_of
 from timm_lean.errors import LeanError
 
 from .plan import Plan
 from .sizes import Sizes
+from .subject import Subject
 
 __all__ = ['Journal', 'fingerprint']
 
@@ -80,10 +79,10 @@ class Journal:
                 temporary.write_text(''.join(json.dumps(row) + '\n' for row in (self._head, *self.rows.values())))
 
 
-def fingerprint(model: nn.Module, images: list[torch.Tensor]) -> str:
+def fingerprint(subject: Subject, images: list[torch.Tensor]) -> str:
     """What a search's candidates hold for: structure, weights, images."""
-    digest = hashlib.sha256(json.dumps(vars(recipe_of(model)), sort_keys=True, default=str).encode())
-    for tensor in [*model.state_dict().values(), *images]:
+    digest = hashlib.sha256(subject.structure().encode())
+    for tensor in [*subject.model.state_dict().values(), *images]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 

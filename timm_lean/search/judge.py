@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
 
 from timm_lean.errors import LeanError
+
+from .subject import Subject
 
 __all__ = ['Judge', 'split_images']
 
@@ -17,26 +18,27 @@ class Judge:
     """Scores in per cent, higher is better.
 
     Args:
-        original: The network before.
+        subject: The network before, and how to run it.
         evaluate: Accuracy of a network; if None, a network is judged by `images`.
         images: Batches `[B, C, H, W]` that nothing is fitted to: the share of them on which a classifier's first choice
             is the original's; for other networks 100 times (1 - relative error of the output).
     """
 
     def __init__(
-            self, original: nn.Module, evaluate: Callable[[nn.Module], float] | None, images: list[torch.Tensor]):
+            self, subject: Subject, evaluate: Callable[[nn.Module], float] | None, images: list[torch.Tensor]):
+        self._subject = subject
         self._evaluate = evaluate
         self._images = images
-        self._truth = [] if evaluate else [_outputs(original, x) for x in images]
+        self._truth = [] if evaluate else [subject.outputs(subject.model, x) for x in images]
         self.classifies = not evaluate and all(
             len(leaves) == 1 and leaves[0].ndim == 2 and leaves[0].shape[1] > 1 for leaves in self._truth)
-        self.reference = self(original)
+        self.reference = self(subject.model)
 
     @property
     def name(self) -> str:
         """What the scores are."""
         if self._evaluate:
-            return 'accuracy'
+            return self._subject.accuracy
         return 'agreement' if self.classifies else 'likeness of the output'
 
     def __call__(self, model: nn.Module) -> float:
@@ -47,7 +49,7 @@ class Judge:
             return float(score)
         same = total = 0.
         for x, truth in zip(self._images, self._truth, strict=True):
-            for a, b in zip(_outputs(model, x), truth, strict=True):
+            for a, b in zip(self._subject.outputs(model, x), truth, strict=True):
                 if self.classifies:
                     same += float((a.argmax(1) == b.argmax(1)).sum())
                     total += len(a)
@@ -84,9 +86,3 @@ def split_images(batches: Iterable[Any], judging: bool) -> tuple[list[torch.Tens
     if not held:
         raise LeanError(f'Compression needs at least {_HELD_OUT} images without evaluate=: a quarter judges.')
     return [x for i, x in enumerate(images) if i % _HELD_OUT != _HELD_OUT - 1], held
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    device = next(model.parameters()).device
-    return [leaf.float() for leaf in tree_leaves(model.eval()(x.to(device))) if isinstance(leaf, torch.Tensor)]

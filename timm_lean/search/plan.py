@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from timm_lean.checkpoint.int8 import dequantize, quantize
 from timm_lean.pruning import prune_channels, prune_kernels, remove_blocks
 from timm_lean.sharing import share
+
+from .subject import Subject
 
 __all__ = ['HELPS', 'TECHNIQUES', 'Plan']
 
@@ -46,12 +47,12 @@ class Plan:
     kernels: float = 0.
     int8: bool = False
 
-    def make(self, model: nn.Module, x: torch.Tensor, images: Iterable[Any] | None = None) -> nn.Module:
+    def make(self, model: nn.Module, subject: Subject, images: Iterable[Any] | None = None) -> nn.Module:
         """The compressed network.
 
         Args:
             model: The original, not changed.
-            x: An image `[1, C, H, W]`.
+            subject: What it is, see `subject.Subject`.
             images: Batches to calibrate with after each technique; without, only the structure is of use.
 
         Raises:
@@ -60,14 +61,14 @@ class Plan:
         # blocks are found by what a network computes, channels by its layers' own filters, kernels are those of bases
         with _quiet():
             if self.blocks:
-                model = remove_blocks(model, blocks=self.blocks, calibration=images)
+                model = subject.apply(remove_blocks, model, blocks=self.blocks, calibration=images)
             if self.channels:
-                model = prune_channels(
-                    model, x, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images)
+                model = subject.apply(
+                    prune_channels, model, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images)
             if self.share < 1:
-                model = share(model, params=self.share, calibration=images)
+                model = subject.apply(share, model, params=self.share, calibration=images)
             if self.kernels:
-                model = prune_kernels(model, amount=self.kernels, calibration=images)
+                model = subject.apply(prune_kernels, model, amount=self.kernels, calibration=images)
         return self.stored(model)
 
     def stored(self, model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from .judge import Judge, split_images
 from .plan import TECHNIQUES, Plan
 from .report import Candidate, CompressReport
 from .space import Space, scaled
+from .subject import subject_of
 from .target import TargetError, TargetSpec, parse_targets
 
 __all__ = ['compress', 'reachable']
@@ -34,7 +35,6 @@ _STEP = 1 / 6  # to a neighbour
 _MOST_MIXES = 24
 _PATIENCE = 5  # mixes in a row without a better one
 _TUNED = 2  # candidates that are trained further
-_RANKING_IMAGES = 64
 _ANY = 1e-3  # an amount of a technique that is all or nothing
 _BACK = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)  # of the way to a target that costs too much
 
@@ -110,15 +110,17 @@ class _Search:
         self.minutes, self.max_drop = minutes, max_drop
         self.model = copy.deepcopy(unwrap_model(model)).eval()
         self.images, held = split_images(batches, judging=evaluate is None)
-        x = self.images[0][:1].to(next(self.model.parameters()).device)
-        self.journal = Journal(folder, fingerprint(self.model, [*self.images, *held]), resume)
+        self.subject = subject_of(self.model, self.images)
+        self.journal = Journal(folder, fingerprint(self.subject, [*self.images, *held]), resume)
         try:
-            self.judge = Judge(self.model, evaluate, held)
+            self.judge = Judge(self.subject, evaluate, held)
         except (RuntimeError, ValueError, TypeError, AssertionError) as e:
-            raise LeanError(f'{type(self.model).__name__} cannot be judged on images {list(x.shape[1:])}: '
+            raise LeanError(f'{type(self.model).__name__} cannot be judged on images '
+                            f'{list(self.images[0].shape[1:])}: '
                             f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
-        ranking = torch.cat([i for i in self.images if i.shape[1:] == x.shape[1:]])[:_RANKING_IMAGES].to(x.device)
-        self.space = Space(self.model, x, ranking, techniques, self.targets)
+        same = [x for x in self.images if x.shape[1:] == self.images[0].shape[1:]]
+        ranking = torch.cat(same)[:self.subject.ranking_images].to(self.subject.x.device)
+        self.space = Space(self.subject, ranking, techniques, self.targets)
         self.original = Candidate(Plan(), self.space.original, self.judge.reference)
         self.limits = [t.limit(self.original.sizes) / self.original.sizes[t.quantity] for t in self.targets]
         self.found: dict[Plan, Candidate] = {}
@@ -208,7 +210,7 @@ class _Search:
             if noted is None and not self._late:
                 start = time.monotonic()
                 try:
-                    network = plan.make(self.model, self.space.x, self.images)
+                    network = plan.make(self.model, self.subject, self.images)
                 except LeanError:
                     return None
                 noted = self.space.measure(network, plan), self.judge(network)
@@ -277,7 +279,7 @@ class _Search:
         if candidate.tuned:
             return self.tuned[candidate.plan]
         if candidate.plan not in self.networks:
-            self.networks[candidate.plan] = candidate.plan.make(self.model, self.space.x, self.images)
+            self.networks[candidate.plan] = candidate.plan.make(self.model, self.subject, self.images)
         return self.networks[candidate.plan]
 
     def _finish(self, candidate: Candidate, network: nn.Module, tuned: list[Candidate] | None = None) -> nn.Module:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 
-from timm_lean.checkpoint.format import save_model
 from timm_lean.layers.shared_basis import SharedBasisConv2d
 from timm_lean.measure import count_macs, count_params, measure_latency
 from timm_lean.sharing import fold
+
+from .subject import Subject
 
 __all__ = ['QUANTITIES', 'Sizes', 'measure_sizes']
 
@@ -42,7 +42,7 @@ class Sizes:
 
 def measure_sizes(
         model: nn.Module,
-        x: torch.Tensor,
+        subject: Subject,
         quantities: Collection[str] = QUANTITIES,
         original: tuple[nn.Module, float] | None = None,
         weights: str = 'float',
@@ -51,7 +51,7 @@ def measure_sizes(
 
     Args:
         model: The network, in eval mode.
-        x: One image `[1, C, H, W]`, where the network is.
+        subject: What it is; its image is measured with.
         quantities: Those to measure.
         original: Another network and the milliseconds that count for it: the latency is given relative to it, measured
             in turn, so that a machine that became slower or faster meanwhile does not matter.
@@ -63,28 +63,29 @@ def measure_sizes(
     if 'file' in quantities:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'model.safetensors'
-            save_model(model, path, weights=weights)
+            subject.save(model, path, weights)
             values['file'] = path.stat().st_size
     if {'macs', 'latency'} & set(quantities):
-        form, values['macs'] = _cheaper_form(model, x)
+        form, values['macs'] = _cheaper_form(model, subject)
         if 'latency' in quantities:
-            values['latency'] = _latency(copy.deepcopy(form), x, original)
+            values['latency'] = _latency(copy.deepcopy(form), subject, original)
     return Sizes(**values)
 
 
-def _latency(model: nn.Module, x: torch.Tensor, original: tuple[nn.Module, float] | None) -> float:
+def _latency(model: nn.Module, subject: Subject, original: tuple[nn.Module, float] | None) -> float:
+    x, model = subject.x, subject.timed(model)
     if original is None:
         return 1000 * measure_latency([model], [x.shape], x.device)[0].median
-    anchor, ours = measure_latency([original[0], model], [x.shape, x.shape], x.device)
+    anchor, ours = measure_latency([subject.timed(original[0]), model], [x.shape, x.shape], x.device)
     return original[1] * ours.ratio(anchor)
 
 
-def _cheaper_form(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, int]:
+def _cheaper_form(model: nn.Module, subject: Subject) -> tuple[nn.Module, int]:
     """The network as it is or folded, whichever has fewer multiply-accumulates, and how many."""
-    macs = count_macs(model, x.shape)
+    macs = count_macs(subject.counted(model), subject.x.shape)
     if any(isinstance(m, SharedBasisConv2d) for m in model.modules()):
-        folded = fold(model)
-        folded_macs = count_macs(folded, x.shape)
+        folded = subject.apply(fold, model)
+        folded_macs = count_macs(subject.counted(folded), subject.x.shape)
         if folded_macs < macs:
             return folded, folded_macs
     return model, macs

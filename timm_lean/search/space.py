@@ -11,11 +11,11 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.pruning import rank_blocks
 from timm_lean.sharing import shareable_range
 
 from .plan import HELPS, Plan
 from .sizes import Sizes, measure_sizes
+from .subject import Subject
 from .target import Target
 
 __all__ = ['Space', 'scaled']
@@ -32,8 +32,7 @@ class Space:
     """Plans and sizes of one network.
 
     Args:
-        model: The original, in eval mode.
-        x: One image `[1, C, H, W]` on its device.
+        subject: The original, and what can be done with it.
         images: Some images `[N, C, H, W]` to rank blocks by.
         techniques: Those of `plan.TECHNIQUES` to use.
         targets: What is to become smaller; techniques that cannot help any of them are left out.
@@ -45,12 +44,11 @@ class Space:
     """
 
     def __init__(
-            self, model: nn.Module, x: torch.Tensor, images: torch.Tensor, techniques: Collection[str],
-            targets: Sequence[Target]):
-        self.model, self.x, self.targets = model, x, targets
+            self, subject: Subject, images: torch.Tensor, techniques: Collection[str], targets: Sequence[Target]):
+        self.subject, self.model, self.targets = subject, subject.model, targets
         self.quantities = {target.quantity for target in targets}
-        self._anchor = copy.deepcopy(model)
-        self.original = measure_sizes(model, x, {*_ALWAYS, *self.quantities})
+        self._anchor = copy.deepcopy(self.model)
+        self.original = measure_sizes(self.model, subject, {*_ALWAYS, *self.quantities})
         self._sizes: dict[Plan, Sizes | None] = {}
         self._floor = 1.
         self._blocks: list[str] = []
@@ -71,11 +69,11 @@ class Space:
             return f'it does not change {" or ".join(sorted(self.quantities))}'
         try:
             if name == 'blocks':
-                self._blocks = rank_blocks(self.model, images)
+                self._blocks = self.subject.rank_blocks(images)
             elif name == 'share':
                 self._floor = shareable_range(self.model)[0]
             plan = self.plan({name: 0.5})
-            new = plan.make(self.model, self.x)
+            new = plan.make(self.model, self.subject)
         except LeanError as e:
             return str(e)
         self._sizes[plan] = self._measure(new, plan, self.quantities)
@@ -97,13 +95,13 @@ class Space:
     def _measure(self, model: nn.Module, plan: Plan, quantities: set[str]) -> Sizes:
         latency = self.original.latency
         anchor = None if latency is None else (self._anchor, latency)
-        return measure_sizes(model, self.x, quantities, anchor, 'int8' if plan.int8 else 'float')
+        return measure_sizes(model, self.subject, quantities, anchor, 'int8' if plan.int8 else 'float')
 
     def sizes(self, plan: Plan) -> Sizes | None:
         """What a plan's network will cost of the targeted quantities; None where a technique refuses."""
         if plan not in self._sizes:
             try:
-                self._sizes[plan] = self._measure(plan.make(self.model, self.x), plan, self.quantities)
+                self._sizes[plan] = self._measure(plan.make(self.model, self.subject), plan, self.quantities)
             except LeanError:
                 self._sizes[plan] = None
         return self._sizes[plan]
