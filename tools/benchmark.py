@@ -22,6 +22,7 @@ PARTS = {
     'detection': "a detector's training iteration, with and without hooks",
     'criteria': 'pruning criteria against torch.linalg and a loop',
     'calibration': 'time and memory of calibration against plain forward passes',
+    'compress': "`compress` against Torch-Pruning's and torch's pruning at the same sizes",
     'entropy': 'entropy of images against bare decoding',
 }
 

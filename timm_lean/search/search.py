@@ -57,12 +57,14 @@ def compress(
     """Find the most accurate network that meets a target.
 
     Args:
-        model: The trained network; it is not changed.
+        model: The trained network, a classifier or a detector of MMDetection (with its `cfg`, as `open_detector` gives
+            it); it is not changed.
         target: `'params=0.5'`, `{'latency': 0.7, 'file': '500kB'}`: a share of the original's below 1, or a number with
             a unit. Quantities: params, macs, file, latency (of one image, where the model is).
         batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them; labels are not read.
         evaluate: Accuracy of a network in per cent, on images that `batches` does not hold. Without, a quarter of the
-            batches is held out, and a network is judged by how often its first choice is the original's.
+            batches is held out, and a network is judged by how often its first choice is the original's; a detector by
+            the outputs of its heads. For its AP see `timm_lean.mmdet.average_precision`.
         techniques: Those of 'blocks', 'channels', 'share', 'kernels' and 'int8' that may be used.
         max_drop: At most so many points of `evaluate` may be lost.
         minutes: Time for the search; the network that is being made when it ends is finished, `finetune` comes after.
@@ -75,7 +77,7 @@ def compress(
 
     Returns:
         A new network in eval mode, with a `CompressReport` as `.lean_report`. Save it with
-        `save_model(new, path, weights=new.lean_report.weights)`.
+        `save_model(new, path, weights=new.lean_report.weights)`, a detector with `write_detector`.
 
     Raises:
         TargetError: The targets are out of reach, or not within `max_drop`.
