@@ -43,7 +43,8 @@ def test_the_smallest_ratio_that_meets_a_target(bench):
 
 
 @pytest.mark.slow
-def test_rows_and_table(bench, tmp_path):
+def test_rows_and_table(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', 1)
     torch.manual_seed(0)
     model = timm.create_model('lean_resnet', layers=(2, 2), widths=(8, 16), num_classes=2, conv_shortcut=False)
     save_model(model, tmp_path / 'net.safetensors')
@@ -55,7 +56,7 @@ def test_rows_and_table(bench, tmp_path):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
                     tmp_path / split / kind / f'{i}.png')
     arguments = ['--checkpoint', str(tmp_path / 'net.safetensors'), '--data-dir', str(tmp_path), '--img-size', '32',
-                 '--images', '8', '--judge', '8', '--shares', '0.6', '--minutes', '0.1', '--finetune-epochs', '1',
+                 '--images', '8', '--judge', '8', '--shares', '0.6', '--minutes', '5', '--finetune-epochs', '1',
                  '--rows', str(tmp_path / 'rows.jsonl'), '--plot', str(tmp_path / 'p.png')]
     assert bench.main(arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]

@@ -31,12 +31,12 @@ _SHOWN = 6  # scenes in the picture
 _CHANNELS = (16, 32, 64, 128)
 
 
-def detection_demo(output: Path, epochs: int = 14) -> Path:
+def detection_demo(output: Path, epochs: int = 10) -> Path:
     """Run the demo; raises a LeanError at the first step that does not do what it should.
 
     Args:
         output: Folder for data, checkpoints and the picture.
-        epochs: Epochs of training; 14 take one to two minutes on two cores.
+        epochs: Epochs of training; 10 take one to two minutes.
 
     Returns:
         The folder of the exported detector, in the run's own.

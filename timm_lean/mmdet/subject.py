@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.pruning import rank_blocks
+from timm_lean.pruning import prune_kernels, rank_blocks
 
 from .detector import write_detector
 from .on_images import on_images
@@ -33,6 +33,7 @@ class DetectorSubject:
     """
     accuracy = 'AP'
     ranking_images = 8  # they are large
+    doubts = True  # AP looks at few places of an image, the error of the outputs at all
 
     def __init__(self, model: nn.Module, images: Sequence[torch.Tensor]):
         if getattr(model, 'cfg', None) is None or getattr(model, 'dataset_meta', None) is None:
@@ -45,6 +46,8 @@ class DetectorSubject:
         self._part = runnable_part(model, images[0][:1].to(device))
 
     def apply(self, verb: Callable[..., nn.Module], model: nn.Module, **options: Any) -> nn.Module:
+        if verb is prune_kernels:  # heads start with far smaller weights: one threshold for all would empty them
+            options.setdefault('scope', 'layer')
         return lean_detector(model, verb, **options)
 
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
