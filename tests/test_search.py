@@ -277,6 +277,14 @@ def test_too_little_time_is_told(model, images, quick):
         compress(model, 'params=0.5', images, evaluate=by_params, techniques=['share'], minutes=1e-6)
 
 
+def test_a_search_cut_short_has_an_answer(model, images, quick, monkeypatch):
+    """Where no technique alone meets the targets, the first network is one that does."""
+    monkeypatch.setattr('timm_lean.search.search._Search._late', property(lambda self: len(self.found) > 0))
+    target = {'macs': 0.6, 'file': 0.2}  # int8 leaves the MACs, half of the channels too much of the file
+    report = compress(model, target, images, evaluate=by_params, techniques=['channels', 'int8']).lean_report
+    assert len(report.candidates) == 1 and report.met
+
+
 def test_table_and_picture_hold_all_candidates(model, images, quick, tmp_path):
     report = compress(model, 'params=0.7', images, evaluate=by_params, techniques=['share']).lean_report
     report.write_csv(tmp_path / 'f.csv')

@@ -164,6 +164,11 @@ class _Search:
     def _single_techniques(self) -> None:
         """Every technique alone: as far as the target asks, or as it goes, and half of that."""
         reaches = {name: self.space.reach({name: 1.}) for name in self.space.techniques}
+        if not any(reaches.values()):  # of a search that is cut short all together are an answer, none alone is
+            everything = dict.fromkeys(reaches, 1.)
+            factor = self.space.reach(everything)
+            if factor is not None:
+                self._try(scaled(everything, factor))
         for part in (1., 0.5):
             for name in sorted(reaches, key=lambda name: name != 'int8'):  # which takes no time
                 self._try({name: part * (reaches[name] or 1.)})
