@@ -170,7 +170,8 @@ class _Search:
             if factor is not None:
                 self._try(scaled(everything, factor))
         for part in (1., 0.5):
-            for name in sorted(reaches, key=lambda name: name != 'int8'):  # which takes no time
+            # what meets the targets, then what takes no time
+            for name in sorted(reaches, key=lambda name: (reaches[name] is None, name != 'int8')):
                 self._try({name: part * (reaches[name] or 1.)})
 
     def _mixes(self) -> None:
