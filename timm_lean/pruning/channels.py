@@ -38,6 +38,7 @@ from .resize import record_resize
 from .sizes import ModelSizes
 from .spectral import check_criterion
 from .tracker import ChannelTracker
+from .trial import failing_cuts
 
 __all__ = ['ChannelReport', 'prune_channels']
 
@@ -140,7 +141,7 @@ def prune_channels(
         for group in groups:
             start.setdefault(group.name, group.channels)
         cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
-        unchanged |= too_few | _cut(graph, cuts, tracker)
+        unchanged |= too_few | _cut(new, x, graph, cuts, tracker)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in new.named_parameters():
         p.requires_grad_(flags[name])
@@ -217,9 +218,6 @@ def _check_model(model: nn.Module, x: Any) -> None:
     if not isinstance(x, torch.Tensor) or x.ndim != 4:
         raise LeanError('example_inputs must be an image batch [B, C, H, W] as a tensor, got '
                         f'{list(getattr(x, "shape", [])) or type(x).__name__}.')
-    if any(isinstance(m, EcaModule) for m in model.modules()):
-        raise LeanError(f'{type(model).__name__} has ECA attention, a convolution along the channels: removing one '
-                        'changes its neighbours. Channel pruning does not support it.')
     check_finite(find_filter_banks(model), 'Channel pruning')
 
 
@@ -234,7 +232,9 @@ def _score(
         root = group[0].dep
         name, parts = names.get(root.target.module, '?'), conv_groups(group)
         if not is_consistent(group):
-            unchanged[name] = 'the code pads, slices or splits its channels'
+            along = any(isinstance(dep.target.module, EcaModule) for dep, _ in group)
+            unchanged[name] = ('ECA attention compares neighbouring channels' if along else
+                               'the code pads, slices or splits its channels')
         elif len(group[0].idxs) % parts:
             unchanged[name] = f'its channels cannot be divided among {parts} groups'
         elif unknown_layer(group):
@@ -285,10 +285,20 @@ def _plan(groups: list[_Scored], start: dict[str, int], ratio: float, limits: _L
     return cuts, unchanged
 
 
-def _cut(graph: Any, cuts: list[_Cut], tracker: ChannelTracker) -> _Reasons:
-    """Take the planned channels out; returns the groups that would have been emptied somewhere, left whole."""
+def _cut(
+        model: nn.Module, x: torch.Tensor, graph: Any, cuts: list[_Cut], tracker: ChannelTracker) -> _Reasons:
+    """Take the planned channels out; returns the groups that stay whole, and why."""
     unchanged = {}
-    for group, indices in cuts:
+    groups = [channel_group(graph, group.root.target.module, group.root.handler, indices) for group, indices in cuts]
+    failing = failing_cuts(model, x, graph, groups)
+    if failing and len(failing) == len(cuts):
+        raise LeanError(f'{type(model).__name__} cannot run with fewer channels anywhere, its code fixes them: '
+                        f'{cuts[0][0].name}: {failing[0]}.')
+    for number, (group, indices) in enumerate(cuts):
+        if number in failing:
+            unchanged[group.name] = f'the code of the network fixes its channels ({failing[number]})'
+            continue
+        # anew: layers behind a concatenation belong to several groups, and their indices move
         cut = channel_group(graph, group.root.target.module, group.root.handler, indices)
         if graph.check_pruning_group(cut):
             tracker.cut(cut)

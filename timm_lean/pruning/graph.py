@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch_pruning as tp
+from timm.layers import EcaModule
 from torch_pruning.dependency import Dependency
 
 from timm_lean.errors import LeanError
@@ -68,6 +69,21 @@ class SharedBasisPruner(tp.BasePruningFunc):
         return layer.in_channels
 
 
+class FixedChannelsPruner(tp.BasePruningFunc):
+    """For attention along the channels (ECA): what goes through it keeps its channels, see `is_consistent`."""
+    TARGET_MODULES = EcaModule
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> None:
+        return None
+
+    get_in_channels = get_out_channels
+
+
 def _keep(count: int, idxs: Sequence[int]) -> list[int]:
     gone = set(idxs)
     return [i for i in range(count) if i not in gone]
@@ -94,10 +110,11 @@ class _OneNode(torch.autograd.Function):
 
 
 @contextmanager
-def _one_node_each(layers: Sequence[SharedBasisConv2d]) -> Iterator[None]:
+def _one_node_each(layers: Sequence[nn.Module]) -> Iterator[None]:
     try:
         for layer in layers:
-            layer.forward = lambda x, layer=layer: _OneNode.apply(x, layer)  # type: ignore[method-assign, misc]
+            layer.forward = lambda x, layer=layer: (  # type: ignore[method-assign, misc]
+                _OneNode.apply(x, layer) if isinstance(layer, SharedBasisConv2d) else x * 1)
         yield
     finally:
         for layer in layers:
@@ -114,15 +131,17 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
     if not all(map(_is_followed, shared)):
         raise LeanError('Channels of grouped shared bases cannot be pruned where their groups are not those of the '
                         'coefficients. Prune channels first, then share.')
+    fixed = [m for m in model.modules() if isinstance(m, EcaModule)]
     pruner = SharedBasisPruner()
+    pruners = {SharedBasisConv2d: pruner, SharedBasisLinear: pruner,
+               **dict.fromkeys({type(m) for m in fixed}, FixedChannelsPruner())}
     for p in model.parameters():
         p.requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings(), _one_node_each(shared):
+        with torch.enable_grad(), warnings.catch_warnings(), _one_node_each([*shared, *fixed]):
             warnings.simplefilter('ignore')
             graph = tp.DependencyGraph().build_dependency(
-                model.eval(), example_inputs, verbose=False,
-                customized_pruners={SharedBasisConv2d: pruner, SharedBasisLinear: pruner})
+                model.eval(), example_inputs, customized_pruners=pruners, verbose=False)
     except LeanError:
         raise
     except Exception as e:  # tracing runs the model's own code and Torch-Pruning's assumptions about it
@@ -163,7 +182,7 @@ def _ties(
 
 
 class _Group(tp.Group):
-    """Torch-Pruning's group, but what that one searches its list for is looked up in a set, and it cannot grow forever.
+    """Torch-Pruning's group, but what that one searches its list for is looked up, and it cannot grow forever.
 
     Where a model's code folds channels into another dimension and back, each way multiplies their numbers.
     """
@@ -171,6 +190,7 @@ class _Group(tp.Group):
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[Any] = set()
+        self._places: dict[Any, int] = {}
 
     def add_dep(self, dep: Dependency, idxs: Any) -> None:
         if len(idxs) > _MAX_CHANNELS:
@@ -180,6 +200,18 @@ class _Group(tp.Group):
 
     def has_pruning_op(self, dep: Dependency, idxs: Any) -> bool:
         return (id(dep.target), dep.handler, tuple(idxs)) in self._seen
+
+    def add_and_merge(self, dep: Dependency, idxs: Any) -> None:
+        key = id(dep.target), dep.handler
+        place = self._places.get(key)
+        if place is None:
+            self._places[key] = len(self._group)
+            super().add_dep(dep, idxs)
+            return
+        merged: dict[int, Any] = {}
+        for index in [*self._group[place].idxs, *idxs]:
+            merged.setdefault(index.idx, index)
+        self._group[place] = self._group[place]._replace(idxs=list(merged.values()))
 
 
 def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[int]) -> Any:
@@ -234,10 +266,12 @@ def is_consistent(group: Any) -> bool:
     """Whether a full group takes each of its convolutions and grouped layers whole.
 
     It does not where a model's code pads, slices or splits channels in a way the graph misses; to remove channels there
-    would pair the wrong ones.
+    would pair the wrong ones. Nor may channels go that ECA compares with their neighbours.
     """
     for dep, idxs in group:
         module = dep.target.module
+        if isinstance(module, EcaModule):
+            return False
         if isinstance(module, nn.GroupNorm):
             count, whole = module.num_channels, module.num_groups > 1
         elif isinstance(module, (nn.Conv2d, SharedBasisConv2d)):
