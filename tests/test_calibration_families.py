@@ -12,7 +12,7 @@ from reproduce_calibration_families import FAMILIES, TECHNIQUES, measure  # noqa
 
 REASONS = {  # for which a technique may refuse a network
     'kernels': r'(?!)',
-    'channels': r'ECA attention|has no channels to prune|cannot run with fewer channels',
+    'channels': r'has no channels to prune|cannot run with fewer channels',
     'share': r'nothing to share',
     'blocks': r'no residual block whose input and output have one shape'}
 

@@ -335,17 +335,8 @@ def test_bad_input(kwargs, words):
         prune_channels(model_of('resnet20_cifar'), image('cifar'), **kwargs)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(100)
-@pytest.mark.parametrize('name', ['nextvit_small', 'lambda_resnet26t'])
-def test_code_that_folds_channels_ends_clearly(name):
-    """The one concatenates them before grouped layers, the other reshapes them to and fro, which once never ended."""
-    with pytest.raises(LeanError, match='code fixes them'):
-        prune_channels(model_of(name), image())
-
-
 def test_groups_are_torch_prunings_own():
-    """Looked up in a set, found one by one: the same groups in the same order."""
+    """Every channel followed once, every path followed with all of them: the same groups in the same order."""
     model = model_of('mobilenetv3_small_050')
     graph = build_graph(model, image())
     ours, lost = channel_groups(graph, [model.classifier])
@@ -376,10 +367,6 @@ def test_models_that_cannot_be_pruned_say_why():
         prune_channels(model_of('resnet20_cifar'), torch.randn(1, 5, 32, 32))
     with pytest.raises(LeanError, match='image batch'):
         prune_channels(model_of('resnet20_cifar'), torch.randn(3, 32, 32))
-    with pytest.raises(LeanError, match='ECA'):
-        prune_channels(model_of('ecaresnet26t'), image())
-    with pytest.raises(LeanError, match='code fixes'):
-        prune_channels(model_of('skresnet18'), image())
     model = model_of('resnet20_cifar')
     with torch.no_grad():
         model.conv1.weight[0] = float('nan')

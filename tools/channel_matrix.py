@@ -5,15 +5,14 @@
     python tools/channel_matrix.py table rows.jsonl
 
 Random weights, `pruning_ratio=0.5`, images of 64 px or, where a network takes only its own size, of that. Each network
-and way runs in a process of its own with `--seconds` of CPU time after the imports. Ours counts as done when the pruned
-network is saved, comes back bit for bit and its features have the channels that `feature_info` says; Torch-Pruning's
-when the pruned network runs.
+and way runs in a forked process of its own with `--seconds` of CPU time; imports and building it are not counted. Ours
+counts as done when the pruned network is saved, comes back bit for bit and its features have the channels that
+`feature_info` says; Torch-Pruning's when the pruned network runs.
 """
 import argparse
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -50,7 +49,7 @@ def ours(model: Any, x: Any) -> dict[str, Any]:
             if any(c not in both for c, both in zip(features.feature_info.channels(), counts, strict=True)):
                 return {'result': 'wrong features', 'why': f'{counts} for {features.feature_info.channels()}'}
     kept = sum(p.numel() for p in new.parameters()) / before
-    fixed = sum('code' in why for _, why in new.lean_report.unchanged)
+    fixed = sum('code fixes' in why for _, why in new.lean_report.unchanged)
     return {'result': 'pruned', 'params': kept, 'fixed': fixed, **({} if features is not None else {'features': why})}
 
 
@@ -75,14 +74,11 @@ def torch_pruning(model: Any, x: Any) -> dict[str, Any]:
     return {'result': 'pruned', 'params': sum(p.numel() for p in model.parameters()) / before}
 
 
-def one(way: str, name: str, seconds: int) -> dict[str, Any]:
-    """A network, in this process."""
+def one(pipe: Any, way: str, name: str, seconds: int) -> None:
+    """A network, in this process; its row is sent."""
     import timm
     import torch
-
-    import timm_lean  # noqa: F401  its import is not measured
     warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     own = model.pretrained_cfg['input_size'][-1]
@@ -94,26 +90,36 @@ def one(way: str, name: str, seconds: int) -> dict[str, Any]:
         x = torch.randn(1, 3, own, own)
     start = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(start) + seconds + 1, int(start) + seconds + 2))
-    result = (ours if way == 'ours' else torch_pruning)(model, x)
-    return {**result, 'seconds': time.process_time() - start, 'size': x.shape[-1]}
+    try:
+        result = (ours if way == 'ours' else torch_pruning)(model, x)
+    except Exception as e:
+        result = {'result': 'crashed', 'why': f'{type(e).__name__}: {str(e)[:200]}'}
+    pipe.send({**result, 'seconds': time.process_time() - start, 'size': x.shape[-1]})
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
+    import timm_lean  # noqa: F401  so that no process has to import it
+    torch.set_num_threads(1)
     done = {(row['way'], row['name']) for row in read(args.rows)} if args.rows.is_file() else set()
-    names = args.names or NAMES.read_text().split()
-    for name in names:
+    context = multiprocessing.get_context('fork')
+    for name in args.names or NAMES.read_text().split():
         for way in [args.way] if args.way else WAYS:
             if (way, name) in done:
                 continue
-            child = subprocess.run(
-                [sys.executable, __file__, 'one', way, name, str(args.seconds)], capture_output=True, text=True)
-            lines = child.stdout.splitlines()
-            if child.returncode in (-24, -9):  # SIGXCPU, SIGKILL
-                row: dict[str, Any] = {'result': 'too long'}
-            elif child.returncode or not lines:
-                row = {'result': 'crashed', 'why': (child.stderr.splitlines() or ['no output'])[-1][:300]}
-            else:
-                row = json.loads(lines[-1])
+            here, there = context.Pipe(duplex=False)
+            child = context.Process(target=one, args=(there, way, name, args.seconds))
+            child.start()
+            there.close()
+            try:
+                row = here.recv()
+            except EOFError:  # it was ended
+                row = {}
+            child.join()
+            if not row:
+                row = ({'result': 'too long'} if child.exitcode in (-24, -9) else  # SIGXCPU, SIGKILL
+                       {'result': 'crashed', 'why': f'exit status {child.exitcode}'})
             row = {'way': way, 'name': name, **row}
             with args.rows.open('a') as f:
                 f.write(json.dumps(row) + '\n')
@@ -154,17 +160,11 @@ def main() -> None:
     q.add_argument('--way', choices=WAYS)
     q.add_argument('--seconds', type=int, default=60)
     commands.add_parser('table', help='the rows as Markdown').add_argument('rows', type=Path)
-    q = commands.add_parser('one', help='one network in this process')
-    q.add_argument('way', choices=WAYS)
-    q.add_argument('name')
-    q.add_argument('seconds', type=int)
     args = p.parse_args()
     if args.command == 'run':
         run(args)
-    elif args.command == 'table':
-        print(format_table(read(args.rows)))
     else:
-        print(json.dumps(one(args.way, args.name, args.seconds)))
+        print(format_table(read(args.rows)))
 
 
 if __name__ == '__main__':

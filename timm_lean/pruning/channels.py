@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import EcaModule
 
 from timm_lean.calibration import Calibration, calibrate
 from timm_lean.errors import LeanError
@@ -25,6 +24,7 @@ from timm_lean.layers.precision import check_float32
 from timm_lean.measure import count_macs, count_params
 
 from .graph import (
+    ALONG_CHANNELS,
     build_graph,
     channel_group,
     channel_groups,
@@ -38,9 +38,11 @@ from .resize import record_resize
 from .sizes import ModelSizes
 from .spectral import check_criterion
 from .tracker import ChannelTracker
-from .trial import failing_cuts
+from .trial import EMPTY, failing_cuts
 
 __all__ = ['ChannelReport', 'prune_channels']
+
+_FIXED = "the network's code fixes its channels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def prune_channels(
         A new model in the given one's mode, with a `ChannelReport` as `.lean_report`; the given one is unchanged.
 
     Raises:
-        LeanError: A ratio that would empty layers, a model that cannot be traced or whose code fixes channel counts,
+        LeanError: A ratio that would empty layers, a model that cannot be traced, or cannot run with fewer channels,
             one without a timm name, NaN weights.
     """
     check_criterion(criterion)
@@ -142,6 +144,8 @@ def prune_channels(
             start.setdefault(group.name, group.channels)
         cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
         unchanged |= too_few | _cut(new, x, graph, cuts, tracker)
+    if not tracker.kept and (fixed := [f'{name}: {why}' for name, why in unchanged.items() if why.startswith(_FIXED)]):
+        raise LeanError(f'{type(model).__name__} cannot run with fewer channels anywhere: {fixed[0]}.')
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in new.named_parameters():
         p.requires_grad_(flags[name])
@@ -232,7 +236,7 @@ def _score(
         root = group[0].dep
         name, parts = names.get(root.target.module, '?'), conv_groups(group)
         if not is_consistent(group):
-            along = any(isinstance(dep.target.module, EcaModule) for dep, _ in group)
+            along = any(isinstance(dep.target.module, ALONG_CHANNELS) for dep, _ in group)
             unchanged[name] = ('ECA attention compares neighbouring channels' if along else
                                'the code pads, slices or splits its channels')
         elif len(group[0].idxs) % parts:
@@ -288,23 +292,11 @@ def _plan(groups: list[_Scored], start: dict[str, int], ratio: float, limits: _L
 def _cut(
         model: nn.Module, x: torch.Tensor, graph: Any, cuts: list[_Cut], tracker: ChannelTracker) -> _Reasons:
     """Take the planned channels out; returns the groups that stay whole, and why."""
-    unchanged = {}
     groups = [channel_group(graph, group.root.target.module, group.root.handler, indices) for group, indices in cuts]
     failing = failing_cuts(model, x, graph, groups)
-    if failing and len(failing) == len(cuts):
-        raise LeanError(f'{type(model).__name__} cannot run with fewer channels anywhere, its code fixes them: '
-                        f'{cuts[0][0].name}: {failing[0]}.')
-    for number, (group, indices) in enumerate(cuts):
-        if number in failing:
-            unchanged[group.name] = f'the code of the network fixes its channels ({failing[number]})'
-            continue
-        # anew: layers behind a concatenation belong to several groups, and their indices move
-        cut = channel_group(graph, group.root.target.module, group.root.handler, indices)
-        if graph.check_pruning_group(cut):
-            tracker.cut(cut)
-        else:
-            unchanged[group.name] = 'a layer that depends on it would be empty'
-    return unchanged
+    tracker.cut(graph, [group for number, group in enumerate(groups) if number not in failing])
+    return {cuts[number][0].name: error if error == EMPTY else f'{_FIXED} ({error})'
+            for number, error in failing.items()}
 
 
 def _widths(model: nn.Module, kept: dict[str, list[int]]) -> tuple[tuple[str, int, int], ...]:

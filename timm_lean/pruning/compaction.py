@@ -207,11 +207,8 @@ def _remove_dead(model: nn.Module, x: torch.Tensor, tracker: ChannelTracker) -> 
         if gone.any():
             constants += _move_constants(group, gone, inputs)
             cuts.append((group[0].dep, gone.nonzero()[:, 0].tolist()))
-    removed = {}
-    # cut after all are chosen: layers behind a concatenation belong to several groups, and their indices move
-    for dep, indices in cuts:
-        tracker.cut(channel_group(graph, dep.target.module, dep.handler, indices))
-        removed[names[dep.target.module]] = len(indices)
+    tracker.cut(graph, [channel_group(graph, dep.target.module, dep.handler, indices) for dep, indices in cuts])
+    removed = {names[dep.target.module]: len(indices) for dep, indices in cuts}
     return removed, constants, left
 
 

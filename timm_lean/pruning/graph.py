@@ -10,22 +10,28 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch_pruning as tp
-from timm.layers import EcaModule
+from timm.layers import CecaModule, EcaModule
 from torch_pruning.dependency import Dependency
 
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear, SharedCoefficients
 
 __all__ = [
-    'build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent', 'output_layers', 'unknown_layer']
+    'ALONG_CHANNELS', 'build_graph', 'channel_group', 'channel_groups', 'conv_groups', 'is_consistent', 'output_layers',
+    'unknown_layer']
 
-_MAX_CHANNELS = 200_000  # of a layer; the most that timm's have are 25,088, the flattened inputs of VGG's classifier
+ALONG_CHANNELS = (EcaModule, CecaModule)
+"""Attention that compares a channel with its neighbours: what goes through it keeps its channels."""
+
+_MAX_CHANNELS = 60_000  # of an operation; the most that timm has are 25,088, flattened before the classifier of VGG
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d)
 
 
 class SharedBasisPruner(tp.BasePruningFunc):
@@ -70,8 +76,8 @@ class SharedBasisPruner(tp.BasePruningFunc):
 
 
 class FixedChannelsPruner(tp.BasePruningFunc):
-    """For attention along the channels (ECA): what goes through it keeps its channels, see `is_consistent`."""
-    TARGET_MODULES = EcaModule
+    """For attention along the channels, which has no channels of its own: see `is_consistent`."""
+    TARGET_MODULES = ALONG_CHANNELS
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         return layer
@@ -110,11 +116,38 @@ class _OneNode(torch.autograd.Function):
 
 
 @contextmanager
+def _unmapped() -> Iterator[set[Any]]:
+    """While a graph is built: the operations through which Torch-Pruning fails to map channels, which ends it else."""
+    mapping = tp.dependency.index_mapping
+    theirs, nodes = mapping.update_index_mapping, set()
+
+    def update(graph: Any) -> None:
+        kinds = tp.ops.OPTYPE
+        by_kind = {kinds.CONCAT: mapping.update_concat_index_mapping, kinds.SPLIT: mapping.update_split_index_mapping,
+                   kinds.RESHAPE: mapping.update_reshape_index_mapping,
+                   kinds.UNBIND: mapping.update_unbind_index_mapping,
+                   kinds.EXPAND: mapping.update_expand_index_mapping, kinds.SLICE: mapping.update_slice_index_mapping}
+        for node in graph.module2node.values():
+            try:
+                by_kind.get(node.type, lambda *args: None)(graph, node)
+            except Exception:  # its arithmetic assumes much about shapes
+                nodes.add(node)
+    mapping.update_index_mapping = update
+    try:
+        yield nodes
+    finally:
+        mapping.update_index_mapping = theirs
+
+
+def _stand_in(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return _OneNode.apply(x, layer) if isinstance(layer, SharedBasisConv2d) else x * 1
+
+
+@contextmanager
 def _one_node_each(layers: Sequence[nn.Module]) -> Iterator[None]:
     try:
         for layer in layers:
-            layer.forward = lambda x, layer=layer: (  # type: ignore[method-assign, misc]
-                _OneNode.apply(x, layer) if isinstance(layer, SharedBasisConv2d) else x * 1)
+            layer.forward = partial(_stand_in, layer)
         yield
     finally:
         for layer in layers:
@@ -131,17 +164,20 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
     if not all(map(_is_followed, shared)):
         raise LeanError('Channels of grouped shared bases cannot be pruned where their groups are not those of the '
                         'coefficients. Prune channels first, then share.')
-    fixed = [m for m in model.modules() if isinstance(m, EcaModule)]
+    fixed = [m for m in model.modules() if isinstance(m, ALONG_CHANNELS)]
     pruner = SharedBasisPruner()
-    pruners = {SharedBasisConv2d: pruner, SharedBasisLinear: pruner,
-               **dict.fromkeys({type(m) for m in fixed}, FixedChannelsPruner())}
+    pruners: dict[Any, Any] = {
+        SharedBasisConv2d: pruner, SharedBasisLinear: pruner,
+        **dict.fromkeys({type(m) for m in fixed}, FixedChannelsPruner())}
     for p in model.parameters():
         p.requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings(), _one_node_each([*shared, *fixed]):
+        with (torch.enable_grad(), warnings.catch_warnings(), _one_node_each([*shared, *fixed]),
+              _unmapped() as unmapped):
             warnings.simplefilter('ignore')
             graph = tp.DependencyGraph().build_dependency(
                 model.eval(), example_inputs, customized_pruners=pruners, verbose=False)
+        graph.unmapped = unmapped
     except LeanError:
         raise
     except Exception as e:  # tracing runs the model's own code and Torch-Pruning's assumptions about it
@@ -181,47 +217,60 @@ def _ties(
                 yield a, b, function
 
 
-class _Group(tp.Group):
-    """Torch-Pruning's group, but what that one searches its list for is looked up, and it cannot grow forever.
-
-    Where a model's code folds channels into another dimension and back, each way multiplies their numbers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[Any] = set()
-        self._places: dict[Any, int] = {}
-
-    def add_dep(self, dep: Dependency, idxs: Any) -> None:
-        if len(idxs) > _MAX_CHANNELS:
-            raise ValueError('reshapes multiply them without end')
-        super().add_dep(dep, idxs)
-        self._seen.add((id(dep.target), dep.handler, tuple(idxs)))
-
-    def has_pruning_op(self, dep: Dependency, idxs: Any) -> bool:
-        return (id(dep.target), dep.handler, tuple(idxs)) in self._seen
-
-    def add_and_merge(self, dep: Dependency, idxs: Any) -> None:
-        key = id(dep.target), dep.handler
-        place = self._places.get(key)
-        if place is None:
-            self._places[key] = len(self._group)
-            super().add_dep(dep, idxs)
-            return
-        merged: dict[int, Any] = {}
-        for index in [*self._group[place].idxs, *idxs]:
-            merged.setdefault(index.idx, index)
-        self._group[place] = self._group[place]._replace(idxs=list(merged.values()))
-
-
 def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[int]) -> Any:
-    """All that has to leave with some channels of a layer."""
-    theirs = tp.dependency.graph.Group
-    tp.dependency.graph.Group = _Group
-    try:
-        return graph.get_pruning_group(layer, handler, indices)
-    finally:
-        tp.dependency.graph.Group = theirs
+    """All that has to leave with some channels of a layer.
+
+    The same as Torch-Pruning's `get_pruning_group`, which follows every path through the network with all its indices;
+    where channels are sliced, concatenated or attended to, there are too many. Here each channel of a layer is followed
+    once.
+
+    Raises:
+        ValueError: Channels pass an operation that Torch-Pruning fails to map, or the model's code folds them into
+            another dimension and back, which multiplies their numbers: layers would lose channels they do not have.
+    """
+    index = tp._helpers._HybridIndex
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.out_channels > 1:
+        handler = tp.prune_depthwise_conv_out_channels
+    node = graph.module2node[layer]
+    root = Dependency(handler, handler, source=node, target=node)
+    found = {(id(node), handler): (root, {i: i for i in indices})}
+    todo = [(root, [index(idx=i, root_idx=i) for i in indices])]
+    while todo:
+        before, arrived = todo.pop()
+        for dep in before.target.dependencies:
+            if not dep.is_triggered_by(before.handler):
+                continue
+            idxs = arrived
+            for mapping in dep.index_mapping:
+                if mapping is not None:
+                    idxs = mapping(idxs)
+            if not idxs:
+                continue
+            if dep.target in graph.unmapped:
+                raise ValueError(f'through {dep.target.name}')
+            _, known = found.setdefault((id(dep.target), dep.handler), (dep, {}))
+            new = [i for i in idxs if i.idx not in known]
+            for i in new:
+                known.setdefault(i.idx, i.root_idx)
+            if len(known) > _MAX_CHANNELS or max((i.idx for i in new), default=0) >= _channels(graph, dep):
+                raise ValueError('reshapes multiply them')
+            if new:
+                todo.append((dep, new))
+    group = tp.Group()
+    group._DG = graph
+    for dep, known in found.values():
+        group.add_dep(dep, list(known))
+        group[len(group) - 1].root_idxs = list(known.values())
+    return group
+
+
+def _channels(graph: Any, dep: Dependency) -> int:
+    """The number of channels that a dependency can remove some of."""
+    module = dep.target.module
+    if not isinstance(module, _LAYERS):
+        return _MAX_CHANNELS
+    makes = graph.is_out_channel_pruning_fn(dep.handler)
+    return int(graph.get_out_channels(module) if makes else graph.get_in_channels(module))
 
 
 def channel_groups(graph: Any, ignored: Collection[nn.Module]) -> tuple[list[Any], dict[nn.Module, str]]:
@@ -234,7 +283,7 @@ def channel_groups(graph: Any, ignored: Collection[nn.Module]) -> tuple[list[Any
     lost: dict[nn.Module, str] = {}
     groups, seen = [], {*ignored, *graph.IGNORED_LAYERS_IN_TRACING}
     for layer in list(graph.module2node):
-        if layer in seen or not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d)):
+        if layer in seen or not isinstance(layer, _LAYERS):
             continue
         pruner = graph.get_pruner_of_module(layer)
         try:
@@ -270,7 +319,7 @@ def is_consistent(group: Any) -> bool:
     """
     for dep, idxs in group:
         module = dep.target.module
-        if isinstance(module, EcaModule):
+        if isinstance(module, ALONG_CHANNELS):
             return False
         if isinstance(module, nn.GroupNorm):
             count, whole = module.num_channels, module.num_groups > 1
@@ -294,7 +343,7 @@ def output_layers(graph: Any) -> list[nn.Module]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node.module, (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d, SharedBasisLinear)):
+        if isinstance(node.module, _LAYERS):
             found.append(node.module)
         else:
             todo += node.inputs

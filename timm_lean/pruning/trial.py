@@ -10,7 +10,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ['failing_cuts']
+from .tracker import take_out, together
+
+__all__ = ['EMPTY', 'failing_cuts']
+
+EMPTY = 'a layer that depends on it would be empty'
 
 
 @torch.no_grad()
@@ -24,30 +28,21 @@ def failing_cuts(model: nn.Module, x: torch.Tensor, graph: Any, cuts: Sequence[A
         cuts: Groups of channels to remove, as Torch-Pruning gives them.
 
     Returns:
-        Index of a cut and the error of the network's code. All others can be made together.
+        Index of a cut and the error of the network's code, or `EMPTY`. All others can be made together.
     """
     trial = _Trial(model, x, graph, cuts)
-    everything = list(range(len(cuts)))
-    if not trial.error(everything):
-        return {}
+    fine: list[int] = []
     failing: dict[int, str] = {}
-    stack = [everything]
-    while stack:  # halves in which something fails alone
+    stack = [list(range(len(cuts)))]
+    while stack:  # what cannot be made beside those before it is halved until the culprits are found
         part = stack.pop()
-        error = trial.error(part)
-        if error and len(part) == 1:
+        error = trial.error([*fine, *part])
+        if not error:
+            fine += part
+        elif len(part) == 1:
             failing[part[0]] = error
-        elif error:
+        else:
             stack += [part[len(part) // 2:], part[:len(part) // 2]]
-    fine = [index for index in everything if index not in failing]
-    if trial.error(fine):  # only together: the later ones stay
-        rest, fine = fine, []
-        for index in rest:
-            error = trial.error([*fine, index])
-            if error:
-                failing[index] = error
-            else:
-                fine.append(index)
     return failing
 
 
@@ -56,37 +51,21 @@ class _Trial:
 
     def __init__(self, model: nn.Module, x: torch.Tensor, graph: Any, cuts: Sequence[Any]):
         self._model, self._graph, self._cuts, self._x = model, graph, cuts, x
-        self._names = {module: name for name, module in model.named_modules()}
         self._meta = True
         self._meta = not self.error([])  # some models look at values
 
     def error(self, chosen: Sequence[int]) -> str:
         """What goes wrong with some cuts, '' if nothing does."""
+        cut = together(self._graph, [self._cuts[index] for index in chosen])
+        if any(part.count <= len(part.indices) for part in cut):
+            return EMPTY
         try:
             new = self._copy()
-            for target, handler, dim, idxs in self._joined(chosen):
-                handler.__self__.pruning_dim = dim
-                if isinstance(target, nn.Parameter):
-                    owner, _, leaf = self._graph._param_to_name[target].rpartition('.')
-                    module = new.get_submodule(owner)
-                    setattr(module, leaf, handler(getattr(module, leaf), idxs))
-                else:
-                    handler(new.get_submodule(self._names[target]), idxs)
+            take_out(new, cut)
             new(self._x.to('meta') if self._meta else self._x)
         except Exception as e:  # the model's own code
             return f'{type(e).__name__}: {str(e).partition(chr(10))[0][:100]}'
         return ''
-
-    def _joined(self, chosen: Sequence[int]) -> list[tuple[Any, Any, int, list[int]]]:
-        """What to remove of every layer: its handler, the dimension, and the numbers before anything is removed."""
-        found: dict[Any, tuple[Any, Any, int, set[int]]] = {}
-        for cut in chosen:
-            for dep, idxs in self._cuts[cut]:
-                target = dep.target.module
-                if target in self._names or isinstance(target, nn.Parameter):
-                    key = id(target), dep.handler
-                    found.setdefault(key, (target, dep.handler, dep.target.pruning_dim, set()))[3].update(idxs)
-        return [(target, handler, dim, sorted(idxs)) for target, handler, dim, idxs in found.values()]
 
     def _copy(self) -> nn.Module:
         if not self._meta:
