@@ -310,6 +310,8 @@ def test_bad_input_is_one_line(tmp_path, coco, capsys):
     assert 'cannot be read' in message(tmp_path / 'bad.py')
     (tmp_path / 'empty.py').write_text('x = 1')
     assert 'has no model' in message(tmp_path / 'empty.py')
+    assert 'none.pth does not exist' in message(SHARED, '--data-root', coco, '--resume', tmp_path / 'none.pth')
+    assert not (tmp_path / 'run').exists()  # said before a run is set up
     assert 'annotation file' in message(BCCD, '--data-root', tmp_path / 'nowhere')
     text = message(BCCD, '--data-root', coco)
     assert 'has the categories 0, 1, 2' in text and 'RBC, WBC, Platelets' in text

@@ -49,6 +49,8 @@ def train_detector(
     Raises:
         LeanError: The config, an option or the data is wrong.
     """
+    if resume not in (None, 'auto'):
+        _check_exists(resume)
     cfg = _settle(open_config(config), config, **kwargs)
     if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -107,6 +109,7 @@ def test_detector(
         raise LeanError(f'--wait-time takes seconds of at least 0, got {wait_time}.')
     if show:
         _check_display()
+    _check_exists(checkpoint)
     path = Path(checkpoint)
     if config is None:
         cfg = _settle(_stored_config(path, trust_imports), checkpoint, **kwargs)
@@ -136,6 +139,12 @@ def test_detector(
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out_file)))
     with registry_errors():
         runner.test()
+
+
+def _check_exists(checkpoint: str) -> None:
+    """Now, not when the run has been set up; what MMEngine loads from elsewhere is left to it."""
+    if '://' not in checkpoint and not Path(checkpoint).exists():
+        raise LeanError(f'The checkpoint {checkpoint} does not exist.')
 
 
 def _check_display() -> None:
