@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.detectors or DETECTORS:
         row = rows.setdefault(name, {})
         left = [technique for technique in wanted if technique not in row]
-        for technique, cell in try_detector(name, left, stop=False):
+        for technique, cell in try_detector(name, left, stop=False) if left else ():
             row[technique] = cell
             print(f'{name} {technique}: {cell}', file=sys.stderr, flush=True)
             if args.output:

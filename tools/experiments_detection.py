@@ -16,7 +16,6 @@ DIR/result.json: COCO AP on the test images, parameters, multiply-accumulates, b
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ TECHNIQUES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 def run(args: argparse.Namespace) -> None:
-    start, folder = time.perf_counter(), writable_dir(args.output)
+    folder = writable_dir(args.output)
     torch.manual_seed(args.seed)
     epochs = args.finetune_epochs
     if args.model is None:
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     result = {
         'ap': scores['coco/bbox_mAP'], 'ap50': scores['coco/bbox_mAP_50'], 'params': count_params(detector),
         'macs': detector_macs(detector), 'bytes': (folder / 'last.safetensors').stat().st_size,
-        **({'epochs': epochs} if epochs else {}), 'seconds': round(time.perf_counter() - start, 1)}
+        **({'epochs': epochs} if epochs else {})}
     with atomic_file(folder / 'result.json') as temporary:
         temporary.write_text(json.dumps(result) + '\n')
     print(json.dumps(result))

@@ -104,7 +104,8 @@ def _prune_channels(detector: Any, verb: Callable[..., Any], x: torch.Tensor, op
             errors[part] = str(e)
             continue
         if part != 'whole':
-            why = f'the detector was traced up to its {part} only, which keep their channels. {_joined(errors)}'.strip()
+            reason = _joined(errors) or 'The attention behind them reshapes channels, which is not traced.'
+            why = f'the detector was traced up to its {part} only, which keep their channels. {reason}'
             _logger.warning(f'Channel pruning of {type(detector).__name__}: {why}')
             report = new.lean_report
             new.lean_report = replace(report, unchanged=(*report.unchanged, (f'all behind the {part}', why)))
