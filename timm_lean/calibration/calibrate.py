@@ -46,8 +46,8 @@ def calibrate(
         original: The network it was made from.
         batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them; or a `Calibration`.
         kept: Output channels that are left of the original's, by layer; for layers that lost channels.
-        **options: Options of `Calibration`: `forward`, `ridge`, `rounds`, `positions`, `reestimate_bn`, `memory_limit`,
-            `progress`.
+        **options: Options of `Calibration`: `forward`, `ridge`, `rounds`, `positions`, `biases_only`, `reestimate_bn`,
+            `memory_limit`, `progress`.
 
     Returns:
         A new network in the mode of the given one, with `.calibration_report`.
@@ -104,7 +104,8 @@ class _Fit:
         report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
         report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
         report.before = report.after = self._output_error()
-        groups = find_groups(self.new, self.original, [name for name in self.names if name in self.survey.counts])
+        used = [name for name in self.names if name in self.survey.counts]
+        groups = [] if self.setting.biases_only else find_groups(self.new, self.original, used)
         best = _state(self.new)
         for number in range(self.setting.rounds if groups else 1):
             fits: list[LayerFit] = []
@@ -150,6 +151,8 @@ class _Fit:
             norm = norm0 = None
         layer = linear_map(self.new.get_submodule(name), norm)
         if layer is None or name in self.tied:
+            return None
+        if self.setting.biases_only and not layer.free_bias():
             return None
         calls = self.survey.counts[name]
         held = HeldOut(layer.groups, layer.filters, self.device)

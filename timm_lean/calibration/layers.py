@@ -50,6 +50,12 @@ class LinearMap:
         self.weight = rows
         self.groups, self.filters, self.size = rows.shape
 
+    def free_bias(self) -> bool:
+        """Leave nothing free but the bias; False if there is none."""
+        self.free = torch.zeros_like(self.weight, dtype=torch.bool)
+        self.free[..., -1] = True
+        return self.bias
+
     def inputs(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Samples `[n, groups, size]` of an input of the layer."""
         samples = self._samples(x, positions)
@@ -145,6 +151,9 @@ class FiltersForShared(LinearMap):
         # the last input's weights are a change of the bias, which itself need not lie where filters reach
         self.weight = F.pad(self._r @ layer.unique.weight.detach().flatten(1), (0, int(self.bias)))[None]
         self.groups, self.filters, self.size = self.weight.shape
+
+    def free_bias(self) -> bool:
+        return False  # a new bias would mean new filters
 
     def outputs(self, inputs: torch.Tensor) -> torch.Tensor:
         bias = self._bias()

@@ -25,6 +25,8 @@ class Calibration:
         rounds: Rounds of fitting shared bases jointly and then all layers front to back. Without shared bases one is
             enough, and one is made.
         positions: Positions of each image that a layer is fitted to, at most; fewer where they are more than enough.
+        biases_only: Change biases alone, and means of batch norms in their place: where weights have to stay on a
+            grid, as those stored in int8 do.
         reestimate_bn: Measure the batch norms' statistics anew at the end, if that lowers the output error.
         memory_limit: Bytes that activations may take.
         progress: Show a progress bar.
@@ -37,6 +39,7 @@ class Calibration:
     ridge: float = 1e-3
     rounds: int = 2
     positions: int = 64
+    biases_only: bool = False
     reestimate_bn: bool = True
     memory_limit: float = 2e9
     progress: bool = False

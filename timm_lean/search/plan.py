@@ -1,5 +1,4 @@
 """A way to compress a network: how much of each technique, in the order that works."""
-import copy
 import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from timm_lean.checkpoint.int8 import dequantize, quantize
+from timm_lean.export.rounding import round_weights
 from timm_lean.pruning import prune_channels, prune_kernels, remove_blocks
 from timm_lean.sharing import share
 
@@ -72,16 +71,11 @@ class Plan:
                 model = subject.apply(share, model, params=self.share, calibration=images)
             if self.kernels:
                 model = subject.apply(prune_kernels, model, amount=self.kernels, calibration=images)
-        return self.stored(model)
+            return self.stored(model, subject, images)
 
-    def stored(self, model: nn.Module) -> nn.Module:
+    def stored(self, model: nn.Module, subject: Subject, images: Iterable[Any] | None = None) -> nn.Module:
         """The network as it will be read from its file."""
-        if not self.int8:
-            return model
-        new, tensors = copy.deepcopy(model), dict(model.state_dict())
-        small, names, _ = quantize(tensors)
-        new.load_state_dict({**tensors, **{name: dequantize(name, small.__getitem__) for name in names}})
-        return new
+        return subject.apply(round_weights, model, calibration=images) if self.int8 else model
 
     def rounded(self) -> 'Plan':
         """The same with amounts of few digits."""

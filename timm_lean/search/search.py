@@ -162,17 +162,24 @@ class _Search:
     # what is tried -------------------------------------------------------------------------------------------------
 
     def _single_techniques(self) -> None:
-        """Every technique alone: as far as the target asks, or as it goes, and half of that."""
-        reaches = {name: self.space.reach({name: 1.}) for name in self.space.techniques}
-        if not any(reaches.values()):  # of a search that is cut short all together are an answer, none alone is
+        """Every technique alone: as far as the target asks, or as it goes, and half of that.
+
+        Of a search that is cut short the first network is an answer: one technique that meets the targets, else all
+        together.
+        """
+        reaches: dict[str, float | None] = {}
+        for name in sorted(self.space.techniques, key=lambda name: name != 'int8'):  # which takes least time
+            reaches[name] = factor = self.space.reach({name: 1.})
+            if factor is not None:
+                self._try({name: factor})
+        if not any(reaches.values()):
             everything = dict.fromkeys(reaches, 1.)
             factor = self.space.reach(everything)
             if factor is not None:
                 self._try(scaled(everything, factor))
         for part in (1., 0.5):
-            # what meets the targets, then what takes no time
-            for name in sorted(reaches, key=lambda name: (reaches[name] is None, name != 'int8')):
-                self._try({name: part * (reaches[name] or 1.)})
+            for name, factor in reaches.items():
+                self._try({name: part * (factor or 1.)})
 
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
@@ -233,7 +240,7 @@ class _Search:
     def _make(self, plan: Plan) -> tuple[Plan, nn.Module, float]:
         """A candidate and its score; with and without calibration, where that may do harm, the better of the two."""
         plans = [plan]
-        if self.subject.doubts and replace(plan, int8=False) != Plan():
+        if self.subject.doubts:
             plans.append(replace(plan, calibrated=False))
         made = []
         for each in plans:
@@ -253,7 +260,7 @@ class _Search:
         self.bar.set_postfix_str(f'{self.judge.name} {candidate.score:.2f} %')
 
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
-        network = candidate.plan.stored(finetune(copy.deepcopy(self._network(candidate))).eval())
+        network = candidate.plan.stored(finetune(copy.deepcopy(self._network(candidate))).eval(), self.subject)
         tuned = Candidate(candidate.plan, self.space.measure(network, candidate.plan), self.judge(network), tuned=True)
         self.tuned[candidate.plan] = network
         return tuned
