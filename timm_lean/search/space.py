@@ -24,7 +24,8 @@ _MOST_CHANNELS = 0.8
 _MOST_KERNELS = 0.95
 _MOST_BLOCKS = 0.7  # of those that can go
 _ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured by what is targeted
-_STEPS = 7  # halvings of an interval of amounts
+_STEPS = 6  # into an interval of amounts
+_EDGE = 0.15  # of the interval that each step takes off at least
 _AIM, _CLOSE = 0.99, 0.96  # of a limit: calibration may still change a size a little; and near enough
 
 
@@ -111,28 +112,33 @@ class Space:
         return max(sizes[t.quantity] / t.limit(self.original) for t in self.targets)
 
     def reach(self, mix: Mapping[str, float]) -> float | None:
-        """The smallest factor for the amounts of a mix with which all targets are met, by bisection; None if none is.
+        """The smallest factor for the amounts of a mix with which all targets are met; None if none is.
+
+        By regula falsi, kept away from the ends of the interval: sizes fall about straight, but in steps.
 
         Args:
             mix: Amounts in [0, 1] of which the largest is 1.
         """
         low, high = 0., 1.
+        above = self.excess(self.original)
         end = self.sizes(self.plan(mix))
         while end is None and high > 0.25:  # where a technique refuses its largest amount
             high -= 0.25
             end = self.sizes(self.plan(scaled(mix, high)))
         if end is None or self.excess(end) > _AIM:
             return None
+        below = self.excess(end)
         for _ in range(_STEPS):
-            middle = (low + high) / 2
+            if below >= _CLOSE:
+                break
+            part = (above - (_AIM + _CLOSE) / 2) / max(above - below, 1e-9)
+            middle = low + (high - low) * min(max(part, _EDGE), 1 - _EDGE)
             sizes = self.sizes(self.plan(scaled(mix, middle)))
             excess = 2. if sizes is None else self.excess(sizes)
             if excess <= _AIM:
-                high = middle
-                if excess >= _CLOSE:
-                    break
+                high, below = middle, excess
             else:
-                low = middle
+                low, above = middle, excess
         return high
 
     def reachable(self) -> dict[str, dict[str, float]]:
