@@ -26,6 +26,7 @@ _MOST_BLOCKS = 0.7  # of those that can go
 _ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured by what is targeted
 _STEPS = 6  # into an interval of amounts
 _EDGE = 0.15  # of the interval that each step takes off at least
+_LEAST = 2. ** -7
 _AIM, _CLOSE = 0.99, 0.96  # of a limit: calibration may still change a size a little; and near enough
 
 
@@ -114,13 +115,16 @@ class Space:
     def reach(self, mix: Mapping[str, float]) -> float | None:
         """The smallest factor for the amounts of a mix with which all targets are met; None if none is.
 
-        By regula falsi, kept away from the ends of the interval: sizes fall about straight, but in steps.
+        By regula falsi and now and then a halving: sizes fall about straight, but in steps.
 
         Args:
             mix: Amounts in [0, 1] of which the largest is 1.
         """
         low, high = 0., 1.
-        above = self.excess(self.original)
+        start = self.sizes(self.plan({'int8': 1.})) if 'int8' in mix else self.original  # it is all or nothing
+        above = self.excess(start or self.original)
+        if above <= _AIM:
+            return _LEAST
         end = self.sizes(self.plan(mix))
         while end is None and high > 0.25:  # where a technique refuses its largest amount
             high -= 0.25
@@ -128,10 +132,10 @@ class Space:
         if end is None or self.excess(end) > _AIM:
             return None
         below = self.excess(end)
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             if below >= _CLOSE:
                 break
-            part = (above - (_AIM + _CLOSE) / 2) / max(above - below, 1e-9)
+            part = 0.5 if step % 3 == 2 else (above - (_AIM + _CLOSE) / 2) / max(above - below, 1e-9)
             middle = low + (high - low) * min(max(part, _EDGE), 1 - _EDGE)
             sizes = self.sizes(self.plan(scaled(mix, middle)))
             excess = 2. if sizes is None else self.excess(sizes)
