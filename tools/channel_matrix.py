@@ -131,18 +131,19 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: how many of each result, then every network."""
+    """Markdown: how many of each result, then every network; the columns are the ways that were run."""
     by = {(row['way'], row['name']): row for row in rows}
-    names = list(dict.fromkeys(row['name'] for row in rows))
-    lines = ['| | ' + ' | '.join(WAYS) + ' |', '| --- |' + ' --- |' * len(WAYS)]
-    counts = {way: Counter(row['result'] for (w, _), row in by.items() if w == way) for way in WAYS}
-    results = list(dict.fromkeys(r for way in WAYS for r, _ in counts[way].most_common()))
-    lines += [f'| {r} | ' + ' | '.join(str(counts[way][r]) for way in WAYS) + ' |' for r in results]
-    lines += ['', '| network | ' + ' | '.join(f'{way} | parameters left | CPU s' for way in WAYS) + ' |',
-              '| --- |' + ' --- |' * 3 * len(WAYS)]
+    names = [name for name in NAMES.read_text().split() if any((way, name) in by for way in WAYS)]
+    ways = [way for way in WAYS if any(way == w for w, _ in by)]
+    lines = ['| | ' + ' | '.join(ways) + ' |', '| --- |' + ' --- |' * len(ways)]
+    counts = {way: Counter(row['result'] for (w, _), row in by.items() if w == way) for way in ways}
+    results = list(dict.fromkeys(r for way in ways for r, _ in counts[way].most_common()))
+    lines += [f'| {r} | ' + ' | '.join(str(counts[way][r]) for way in ways) + ' |' for r in results]
+    lines += ['', '| network | ' + ' | '.join(f'{way} | parameters left | CPU s' for way in ways) + ' |',
+              '| --- |' + ' --- |' * 3 * len(ways)]
     for name in names:
         cells = []
-        for way in WAYS:
+        for way in ways:
             row = by.get((way, name), {})
             params = f'{100 * row["params"]:.0f} %' if 'params' in row else ''
             seconds = f'{row["seconds"]:.0f}' if 'seconds' in row else ''

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch_pruning as tp
-from timm.layers import CecaModule, EcaModule
+from timm.layers import CecaModule, EcaModule, ScaledStdConv2d, ScaledStdConv2dSame
 from torch_pruning.dependency import Dependency
 
 from timm_lean.errors import LeanError
@@ -30,7 +30,6 @@ __all__ = [
 ALONG_CHANNELS = (EcaModule, CecaModule)
 """Attention that compares a channel with its neighbours: what goes through it keeps its channels."""
 
-_MAX_CHANNELS = 60_000  # of an operation; the most that timm has are 25,088, flattened before the classifier of VGG
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, SharedBasisConv2d)
 
 
@@ -88,6 +87,18 @@ class FixedChannelsPruner(tp.BasePruningFunc):
         return None
 
     get_in_channels = get_out_channels
+
+
+class GainPruner(type(tp.prune_conv_out_channels.__self__)):  # type: ignore[misc]
+    """For convolutions that standardize their weights and then give each filter a gain."""
+    TARGET_MODULES = (ScaledStdConv2d, ScaledStdConv2dSame)
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = _keep(layer.out_channels, idxs)
+        super().prune_out_channels(layer, idxs)
+        if layer.gain is not None:
+            layer.gain = _picked(layer.gain, 0, keep)
+        return layer
 
 
 def _keep(count: int, idxs: Sequence[int]) -> list[int]:
@@ -165,10 +176,12 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
         raise LeanError('Channels of grouped shared bases cannot be pruned where their groups are not those of the '
                         'coefficients. Prune channels first, then share.')
     fixed = [m for m in model.modules() if isinstance(m, ALONG_CHANNELS)]
+    gained = [m for m in model.modules() if isinstance(m, GainPruner.TARGET_MODULES)]
     pruner = SharedBasisPruner()
     pruners: dict[Any, Any] = {
         SharedBasisConv2d: pruner, SharedBasisLinear: pruner,
-        **dict.fromkeys({type(m) for m in fixed}, FixedChannelsPruner())}
+        **dict.fromkeys({type(m) for m in fixed}, FixedChannelsPruner()),
+        **dict.fromkeys({type(m) for m in gained}, GainPruner())}
     for p in model.parameters():
         p.requires_grad_(True)
     try:
@@ -178,6 +191,8 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
             graph = tp.DependencyGraph().build_dependency(
                 model.eval(), example_inputs, customized_pruners=pruners, verbose=False)
         graph.unmapped = unmapped
+        graph.most = 4 * max((max(graph.get_out_channels(m), graph.get_in_channels(m))
+                              for m in graph.module2node if isinstance(m, _LAYERS)), default=0)
     except LeanError:
         raise
     except Exception as e:  # tracing runs the model's own code and Torch-Pruning's assumptions about it
@@ -252,7 +267,7 @@ def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[
             new = [i for i in idxs if i.idx not in known]
             for i in new:
                 known.setdefault(i.idx, i.root_idx)
-            if len(known) > _MAX_CHANNELS or max((i.idx for i in new), default=0) >= _channels(graph, dep):
+            if max((i.idx for i in new), default=0) >= _channels(graph, dep):
                 raise ValueError('reshapes multiply them')
             if new:
                 todo.append((dep, new))
@@ -265,10 +280,10 @@ def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[
 
 
 def _channels(graph: Any, dep: Dependency) -> int:
-    """The number of channels that a dependency can remove some of."""
+    """The number of channels that a dependency can remove some of, more than enough for an operation."""
     module = dep.target.module
     if not isinstance(module, _LAYERS):
-        return _MAX_CHANNELS
+        return int(graph.most)
     makes = graph.is_out_channel_pruning_fn(dep.handler)
     return int(graph.get_out_channels(module) if makes else graph.get_in_channels(module))
 
