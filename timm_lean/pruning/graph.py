@@ -177,6 +177,8 @@ def build_graph(model: nn.Module, example_inputs: torch.Tensor) -> Any:
                         'coefficients. Prune channels first, then share.')
     fixed = [m for m in model.modules() if isinstance(m, ALONG_CHANNELS)]
     gained = [m for m in model.modules() if isinstance(m, GainPruner.TARGET_MODULES)]
+    if any(m.groups == m.out_channels > 1 for m in gained):
+        gained = []  # depthwise ones need a pruner of their own; timm has none
     pruner = SharedBasisPruner()
     pruners: dict[Any, Any] = {
         SharedBasisConv2d: pruner, SharedBasisLinear: pruner,
