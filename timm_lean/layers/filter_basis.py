@@ -126,5 +126,5 @@ def init_orthonormal(*banks: FilterBasis) -> None:
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """`Tensor.is_set_to`, which has no meta kernel."""
-    return (a.shape == b.shape and a.storage_offset() == b.storage_offset()
-            and a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    return bool(a.shape == b.shape and a.storage_offset() == b.storage_offset()
+                and a.untyped_storage()._cdata == b.untyped_storage()._cdata)
