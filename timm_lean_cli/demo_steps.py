@@ -59,9 +59,10 @@ def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
         return evaluate(network, test, torch.device('cpu'))['top1']
 
     small: Any = timm_lean.compress(
-        model, _TARGETS, images, evaluate=accuracy, max_drop=_MAX_DROP, minutes=minutes, folder=folder / 'search')
+        model, _TARGETS, images, evaluate=accuracy, max_drop=_MAX_DROP, minutes=minutes, folder=folder / 'search',
+        nearest=True)
     report = small.lean_report
-    print(report)
+    _print(report)
     report.plot(folder / 'frontier.png')
     report.write_csv(folder / 'frontier.csv')
     save_model(small, folder / 'small.safetensors', weights=report.weights)
@@ -86,6 +87,12 @@ def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
           f'{folder / "frontier.png"}')
 
 
+def _print(report: Any) -> None:
+    print(report)
+    if not report.met:
+        print('   No network that was tried is both small and good enough on this machine: this is the nearest.')
+
+
 def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> Path:
     """Compress the detector that was trained; raises a LeanError at the first step that does not do what it should.
 
@@ -106,9 +113,9 @@ def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> Path:
         raise LeanError(f'The config of {source} evaluates nothing.')
     small: Any = timm_lean.compress(
         detector, _DETECTOR_TARGETS, calibration_images(detector, _DETECTOR_IMAGES), evaluate=score,
-        max_drop=_DETECTOR_MAX_DROP, minutes=minutes, folder=folder / 'search')
+        max_drop=_DETECTOR_MAX_DROP, minutes=minutes, folder=folder / 'search', nearest=True)
     report, file = small.lean_report, folder / 'small.safetensors'
-    print(report)
+    _print(report)
     report.plot(folder / 'frontier.png')
     write_detector(small, file, weights=report.weights)
     again = score(load_detector(file))
