@@ -94,8 +94,9 @@ def demo_config(folder: Path, epochs: int) -> Config:
     cfg.work_dir = str(folder / 'run')
     cfg.log_level = 'ERROR'
     cfg.train_cfg.update(max_epochs=epochs, val_interval=max(epochs // 3, 1))
-    cfg.model.backbone.update(
-        model_name='resnet34', model_args=ConfigDict(channels=_CHANNELS, zero_init_last=False))
+    backbone = cfg.model.backbone
+    backbone.model_name = 'resnet34'
+    backbone.model_args = ConfigDict(channels=_CHANNELS, zero_init_last=False)  # update() would keep what was there
     cfg.custom_hooks = [dict(type='timm_lean.SafetensorsHook')]
     cfg.param_scheduler[1].update(end=epochs, T_max=max(epochs - 1, 1))
     return cfg
