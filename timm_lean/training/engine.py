@@ -119,7 +119,8 @@ class Trainer:
         self.pruner = create_pruner(model, self.config)
         self.model = model.to(self.device).train()
         if self.config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            to: Any = self.model.to  # torch before 2.14 has no type for memory_format
+            to(memory_format=torch.channels_last)
         self.recipe = asdict(recipe_of(model))
 
     def _prepare_task(self, regularizers: list[Regularizer]) -> None:
