@@ -41,7 +41,7 @@ class Calibration:
     positions: int = 64
     biases_only: bool = False
     reestimate_bn: bool = True
-    memory_limit: float = 2e9
+    memory_limit: float = 1.4e9
     progress: bool = False
 
     def __post_init__(self) -> None:
