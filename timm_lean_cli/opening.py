@@ -46,6 +46,8 @@ def is_detector(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return (path / 'config.py').is_file()
+    if not path.is_file():  # asked first: safetensors before 0.8 panics at names that no file can have
+        return False
     try:
         with safe_open(path, framework='pt') as f:
             return 'timm_lean_detector' in (f.metadata() or {})
