@@ -1,9 +1,10 @@
 """Images of a detector's training set to calibrate with, its accuracy, a short training: all by its own config."""
+import contextlib
 import copy
+import io
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def calibration_images(
         raise LeanError('The config has no train_dataloader and test_dataloader to take calibration images from.')
     settings = copy.deepcopy(found[0])
     settings['pipeline'] = copy.deepcopy(tests[0]['pipeline'])
-    with registry_errors():
+    with registry_errors(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how it loads
         try:
             dataset = DATASETS.build(settings)
         except FileNotFoundError as e:
@@ -120,7 +121,7 @@ def finetune_detector(detector: Any, epochs: int, lr: float | None = None) -> nn
     return new.eval()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _runner(detector: Any, splits: tuple[str, ...], epochs: int = 0, lr: float | None = None) -> Iterator[Runner]:
     """A Runner with a detector's structure and weights, which writes into a folder that goes at the end."""
     with tempfile.TemporaryDirectory() as folder:
