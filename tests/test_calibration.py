@@ -299,7 +299,7 @@ def test_too_little_memory(images, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
     monkeypatch.setattr(LinearMap, 'inputs', full)
-    with pytest.raises(LeanError, match=r'memory_limit=2e\+09 bytes.*lower it'):
+    with pytest.raises(LeanError, match=r'memory_limit=1\.4e\+09 bytes.*lower it'):
         calibrate(pruned(original), original, [images])
 
 

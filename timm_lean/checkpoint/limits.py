@@ -39,7 +39,7 @@ _BASE_TOTAL = 50_000  # of the sizes in a network's arguments: widths, depths, i
 _BASE_MODULES, _MODULES_PER_TENSOR, _MAX_MODULES = 300, 5, 10_000
 _BASE_CALLS, _CALLS_PER_TENSOR, _MANY_TENSORS, _CALLS_PER_FURTHER = 300_000, 8_000, 500, 2_500
 _PAIRWISE = re.compile(r'tiny_vit')
-_CALLS_PER_VALUE, _FREE_VALUES, _MAX_CALLS_BY_VALUES = 2, 1_000_000, 45_000_000
+_CALLS_PER_VALUE, _FREE_VALUES, _MAX_CALLS_BY_VALUES = 2.25, 1_000_000, 45_000_000
 _STEPS_FACTOR = 4  # folding takes twice as many calls again
 _CALLS_PER_OPERATION = 20  # an operation on tensors under `torch.device` takes the time of so many calls
 _OPERATION = getattr(DeviceContext.__torch_function__, '__code__', None)
@@ -135,7 +135,7 @@ def allowance(
              + _CALLS_PER_FURTHER * max(tensors - _MANY_TENSORS, 0))
     if _PAIRWISE.match(architecture):
         values = max(sum(map(math.prod, shapes.values())) - _FREE_VALUES, 0)
-        calls += min(_CALLS_PER_VALUE * values, _MAX_CALLS_BY_VALUES)
+        calls += min(int(_CALLS_PER_VALUE * values), _MAX_CALLS_BY_VALUES)
     return (_STEPS_FACTOR * modules, _STEPS_FACTOR * calls) if steps else (modules, calls)
 
 
