@@ -112,7 +112,8 @@ def check_detector_flags(args: argparse.Namespace) -> None:
 
 def _figures(model: Any, path: Path, scores: Callable[[Any], dict[str, float]] | None) -> Figures:
     from timm_lean.mmdet.report import detector_macs
+    from timm_lean.mmdet.scoring import headline
     figures = Figures.of(model, detector_macs(model), path)
     if scores:
-        figures.ap = next(iter(scores(model).values()))
+        figures.ap = headline(scores(model))
     return figures
