@@ -54,3 +54,17 @@ def randomize_batchnorm(model: torch.nn.Module) -> torch.nn.Module:
                 m.weight.uniform_(0.5, 1.5)
                 m.bias.normal_(0, 0.1)
     return model
+
+
+def shorten_searches(monkeypatch, mixes, steps):
+    """Let `compress` make few candidates and calibrate none: for tests that are about the search."""
+    from timm_lean.search.plan import Plan
+    make = Plan.make
+    monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', mixes)
+    monkeypatch.setattr('timm_lean.search.space._STEPS', steps)
+    monkeypatch.setattr(Plan, 'make', lambda self, model, subject, images=None: make(self, model, subject))
+
+
+def by_params(model):
+    """An accuracy that only parameters decide, for which the largest network within a limit is the best."""
+    return 100 * sum(p.numel() for p in model.parameters()) / 1e6

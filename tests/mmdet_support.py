@@ -22,7 +22,10 @@ from mmengine import config as mmengine_config
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
+from timm_lean.mmdet.detector import build_detector
 from timm_lean.mmdet.settings import open_config, set_data_root
+
+from conftest import randomize_batchnorm  # isort: skip
 
 CONFIGS = ROOT / 'mmdet_configs'
 TOOLS = ROOT / 'tools'
@@ -144,3 +147,13 @@ def predictions_of(model: Any, data: dict[str, list[Any]]) -> list[Any]:
     model.eval()
     with torch.no_grad():
         return model(**model.data_preprocessor(copy.deepcopy(data), training=False), mode='predict')
+
+
+def write_native(folder: Path) -> Path:
+    """A small detector of MMDetection's own parts, as its model zoo gives them: `config.py` and `zoo.pth`."""
+    (folder / 'config.py').write_text(NATIVE.format(folder=folder))
+    torch.manual_seed(0)
+    model = randomize_batchnorm(build_detector(Config.fromfile(str(folder / 'config.py'))))
+    torch.save({'state_dict': model.state_dict(), 'meta': {'dataset_meta': {'CLASSES': tuple('0123456789')}}},
+               folder / 'zoo.pth')
+    return folder

@@ -4,33 +4,24 @@ import json
 
 import pytest
 import torch
-from mmdet_support import NATIVE, batch, predictions_of
-from mmengine.config import Config
+from mmdet_support import batch, predictions_of, write_native
 from test_cli import run
 
 import timm_lean
 from timm_lean import LeanError
 from timm_lean.mmdet import load_detector, open_detector, write_detector
-from timm_lean.mmdet.detector import build_detector
 from timm_lean.mmdet.on_images import on_images
 from timm_lean.mmdet.runs import calibration_images, detector_scores
 from timm_lean.mmdet.scoring import average_precision
-from timm_lean.search.plan import Plan
 from timm_lean.search.sizes import measure_sizes
 from timm_lean.search.subject import subject_of
 
-from conftest import randomize_batchnorm  # isort: skip
+from conftest import by_params, shorten_searches  # isort: skip
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('compress')
-    (folder / 'config.py').write_text(NATIVE.format(folder=folder))
-    torch.manual_seed(0)
-    model = randomize_batchnorm(build_detector(Config.fromfile(str(folder / 'config.py'))))
-    torch.save({'state_dict': model.state_dict(), 'meta': {'dataset_meta': {'CLASSES': tuple('0123456789')}}},
-               folder / 'zoo.pth')
-    return folder
+    return write_native(tmp_path_factory.mktemp('compress'))
 
 
 @pytest.fixture(scope='module')
@@ -45,15 +36,7 @@ def images(detector):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Candidates are not calibrated, and few."""
-    make = Plan.make
-    monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', 1)
-    monkeypatch.setattr('timm_lean.search.space._STEPS', 3)
-    monkeypatch.setattr(Plan, 'make', lambda self, model, subject, images=None: make(self, model, subject))
-
-
-def by_params(model):
-    return 100 * sum(p.numel() for p in model.parameters()) / 1e6
+    shorten_searches(monkeypatch, mixes=1, steps=3)
 
 
 def scores(model):

@@ -5,31 +5,23 @@ import json
 import pytest
 import torch
 import torch.nn as nn
-from mmdet_support import NATIVE, batch, losses_of, predictions_of
+from mmdet_support import batch, losses_of, predictions_of, write_native
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from timm_lean import CheckpointError, LeanError, prune_channels, prune_kernels, share
 from timm_lean.mmdet import export_detector, lean_detector, load_detector, open_detector
-from timm_lean.mmdet.detector import build_detector, save_detector, write_detector
+from timm_lean.mmdet.detector import save_detector, write_detector
 from timm_lean.mmdet.on_images import on_images
 from timm_lean.mmdet.structure import steps_of
 from timm_lean.mmdet.weights import detector_header
 from timm_lean.pruning import kernel_report, remove_blocks
 from timm_lean_cli import detectors, main
 
-from conftest import randomize_batchnorm  # isort: skip
-
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('lean')
-    (folder / 'config.py').write_text(NATIVE.format(folder=folder))
-    torch.manual_seed(0)
-    model = randomize_batchnorm(build_detector(Config.fromfile(str(folder / 'config.py'))))
-    torch.save({'state_dict': model.state_dict(), 'meta': {'dataset_meta': {'CLASSES': tuple('0123456789')}}},
-               folder / 'zoo.pth')
-    return folder
+    return write_native(tmp_path_factory.mktemp('lean'))
 
 
 @pytest.fixture(scope='module')

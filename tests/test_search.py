@@ -13,10 +13,11 @@ from timm_lean.search import TargetError, reachable
 from timm_lean.search.curves import Curve, all_mixes, neighbours, predict_factor, predict_loss
 from timm_lean.search.journal import Journal
 from timm_lean.search.judge import Judge, split_images
-from timm_lean.search.plan import Plan
 from timm_lean.search.sizes import Sizes, measure_sizes
 from timm_lean.search.subject import Network
 from timm_lean.search.target import parse_targets
+
+from conftest import by_params, shorten_searches  # isort: skip
 
 
 @pytest.fixture(scope='module')
@@ -137,16 +138,7 @@ def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Candidates are not calibrated, and few: these tests are about the search."""
-    make = Plan.make
-    monkeypatch.setattr('timm_lean.search.search._MOST_MIXES', 2)
-    monkeypatch.setattr('timm_lean.search.space._STEPS', 4)
-    monkeypatch.setattr(Plan, 'make', lambda self, model, subject, images=None: make(self, model, subject))
-
-
-def by_params(model):
-    """An accuracy that only parameters decide, for which the largest network within a limit is the best."""
-    return 100 * sum(p.numel() for p in model.parameters()) / 1e6
+    shorten_searches(monkeypatch, mixes=2, steps=4)
 
 
 def test_the_best_network_that_meets_the_target(model, images, quick, tmp_path):
