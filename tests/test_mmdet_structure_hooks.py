@@ -1,14 +1,18 @@
 """ShareHook and ChannelPruningHook in real trainings of a tiny detector."""
+import os
+
 import pytest
 import torch
 from mmdet_support import NATIVE, batch, predictions_of
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from timm_lean import LeanError
 from timm_lean.mmdet import load_detector
 from timm_lean.mmdet.detector import build_detector
+from timm_lean.mmdet.fit_machine import prepare
 from timm_lean_cli import detectors
 
 SHARE = dict(type='timm_lean.ShareHook', params=0.8, target='backbone')
@@ -80,6 +84,37 @@ def test_a_pth_of_such_a_training_is_tested_with_its_config(whole, tmp_path):
     folder = whole[0]
     assert detectors.test_main(
         [str(folder / 'config.py'), str(folder / 'run' / 'epoch_1.pth'), '--work-dir', str(tmp_path)]) == 0
+
+
+def _train_one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    os.environ['LOCAL_RANK'] = str(rank)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    cfg = Config.fromfile(str(folder / 'whole.py'))
+    cfg.launcher = 'pytorch'
+    prepare(cfg, ('train',))
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert is_model_wrapper(runner.model)
+    detector = runner.model.module
+    torch.save((detector.lean_steps, detector.state_dict()), folder / f'{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_new_structure(tmp_path):
+    cfg = config(tmp_path, dict(SHARE, calibrate=8), CHANNELS)
+    test = Config.fromfile(str(tmp_path / 'config.py'))  # whose pipeline prepares the images of a calibration
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = test.test_dataloader, test.test_evaluator, test.test_cfg
+    cfg.dump(str(tmp_path / 'whole.py'))
+    torch.multiprocessing.spawn(_train_one_of_two, (tmp_path,), nprocs=2)
+    (steps, first), (others, second) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert [step['op'] for step in steps] == ['share', 'resize'] and steps == others
+    start = torch.load(tmp_path / 'start.pth')['state_dict']
+    assert not torch.equal(first['bbox_head.retina_cls.bias'], start['bbox_head.retina_cls.bias'])
+    for name, value in first.items():
+        if 'running_' not in name:  # of each process's own images
+            assert torch.equal(value, second[name]), name  # each saw other images: gradients were averaged
 
 
 @pytest.mark.parametrize('hooks, values, message', [
