@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,14 @@ def test_configs_inherit_without_pkg_resources(monkeypatch, tmp_path):
     path.write_text("_base_ = 'mmseg::x/y.py'\n")
     with pytest.raises(ModuleNotFoundError, match='mmsegmentation is not installed'):
         Config.fromfile(path)
+
+
+def test_only_mmdets_own_autocast_is_silenced():
+    from mmdet.models.layers.se_layer import ChannelAttention
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        compat.silence_autocast()
+        ChannelAttention(8)(torch.randn(1, 8, 4, 4))
+        assert not [w for w in caught if 'autocast' in str(w.message)]
+        torch.cuda.amp.autocast(enabled=False)
+    assert [w for w in caught if 'autocast' in str(w.message)]

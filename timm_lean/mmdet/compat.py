@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 __all__ = [
     'apply', 'mend_checkpoint_loading', 'mend_config_inheritance', 'mend_find_loader', 'mend_ssd_predict', 'mend_train',
+    'silence_autocast',
 ]
 
 STATISTICS = ('min', 'max', 'mean', 'current')
@@ -189,6 +191,19 @@ def mend_find_loader() -> bool:
     return True
 
 
+def silence_autocast() -> bool:
+    """Keep torch from telling with every batch that mmdet 3.3.0 writes `torch.cuda.amp.autocast`, its older name.
+
+    It means the same, and a user can do nothing about it. Other warnings, and this one from other code, stay.
+
+    Returns:
+        True.
+    """
+    warnings.filterwarnings(
+        'ignore', message=r'`?torch\.cuda\.amp\.autocast', category=FutureWarning, module=r'mmdet\.')
+    return True
+
+
 def apply() -> list[str]:
     """Apply every mend that the installed versions need. Idempotent.
 
@@ -199,5 +214,5 @@ def apply() -> list[str]:
     """
     mends = [mend_find_loader, mend_config_inheritance, mend_checkpoint_loading]
     if importlib.util.find_spec('mmdet') is not None:
-        mends += [mend_ssd_predict, mend_train]
+        mends += [mend_ssd_predict, mend_train, silence_autocast]
     return [mend.__name__ for mend in mends if mend()]

@@ -260,9 +260,11 @@ class _Search:
         self.bar.set_postfix_str(f'{self.judge.name} {candidate.score:.2f} %')
 
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
-        network = candidate.plan.stored(finetune(copy.deepcopy(self._network(candidate))).eval(), self.subject)
-        tuned = Candidate(candidate.plan, self.space.measure(network, candidate.plan), self.judge(network), tuned=True)
-        self.tuned[candidate.plan] = network
+        plan = candidate.plan
+        trained = finetune(copy.deepcopy(self._network(candidate))).eval()
+        network = plan.stored(trained, self.subject, self.images if plan.calibrated else None)
+        tuned = Candidate(plan, self.space.measure(network, plan), self.judge(network), tuned=True)
+        self.tuned[plan] = network
         return tuned
 
     # what is chosen ------------------------------------------------------------------------------------------------
