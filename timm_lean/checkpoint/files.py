@@ -206,8 +206,8 @@ def _disk_error(error: BaseException | None) -> str | None:
     """What the disk refused, if that is the cause of an error."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
-        if found := re.search(r'\(os error (\d+)\)', str(error)):  # safetensors' words for the system's errors
-            code = int(found[1])
+        if found := re.search(r'\(os error (\d+)\)|Os { code: (\d+),', str(error)):  # safetensors' words, new and old
+            code = int(found[1] or found[2])
         if code in _DISK_ERRORS:
             return os.strerror(code)
         error = error.__cause__ or error.__context__
