@@ -109,6 +109,15 @@ def test_shared_bases_stay_within_a_part_of_the_target(detector):
     assert small.lean_report.output_error > 0
 
 
+def test_layers_that_predict_are_left_alone_unless_asked_for(detector):
+    predict = ('bbox_head.retina_cls', 'bbox_head.retina_reg')
+    small = lean_detector(detector, share, shared_rank=2, alone=True, target='bbox_head')
+    assert {name for name, why in small.lean_report.left.items() if why == 'classifier'} == set(predict)
+    assert not hasattr(small, 'get_classifier') and not hasattr(detector, 'get_classifier')
+    asked = lean_detector(detector, share, shared_rank=2, classifier=True, alone=True, target='bbox_head')
+    assert set(predict) <= {layer.name for layer in asked.lean_report.layers}
+
+
 @pytest.mark.slow
 def test_shared_bases_of_the_whole_meet_a_budget(detector, tmp_path):
     small = lean_detector(detector, share, params=0.7)

@@ -12,6 +12,7 @@ from timm.models.vgg import VGG
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_lean import LeanError, fold, load_model, save_model, share
+from timm_lean.calibration import output_errors
 from timm_lean.checkpoint.format import save_hf_dir
 from timm_lean.layers import FilterBasis, SharedBasisConv2d
 from timm_lean.pruning import KernelPruner
@@ -199,6 +200,29 @@ def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
     save_model(new, tmp_path / 'm.safetensors')
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / 'm.safetensors').eval()(X), new(X))
+
+
+def test_ranks_are_those_that_leave_the_output_nearest(monkeypatch):
+    def ranks(errors=None):
+        model, images = small(), [X] if errors else None
+        for block in model.layer3:  # images excite a few inputs of the second convolutions, whatever their weights are
+            block.bn1.weight.data[3:] = block.bn1.bias.data[3:] = 0
+        monkeypatch.setattr('timm_lean.sharing.convert.output_errors',
+                            lambda networks, *args: found.extend(networks) or errors)
+        new = share(model, params=0.4, dual=True, calibration=images)
+        return [layer.shared_rank for layer in new.lean_report.layers]
+
+    found = []
+    by_weights, by_outputs = ranks(errors=[0., 1.]), ranks(errors=[1., 0.])
+    assert by_weights == ranks() != by_outputs
+    assert [layer.shared_rank for layer in share(small(), params=0.4, dual=True).lean_report.layers] == by_weights
+
+
+def test_output_errors_are_those_of_every_fourth_image():
+    model, new = small(), share(small(), params=0.5)
+    error, none = output_errors([new, model], model, [X[:3], X[3:], X])
+    held = torch.cat([X, X])[3::4]
+    assert error == pytest.approx(relative(new(held), model(held)), rel=1e-4) and none == 0
 
 
 def test_budget_counts_the_batch_norms():

@@ -9,10 +9,11 @@ from .batchnorm import insert_norms
 from .calibrate import calibrate
 from .groups import LARGEST
 from .inputs import group_covariances, input_covariances, output_scores
+from .outputs import output_errors
 from .report import CalibrationReport, LayerFit
 from .settings import Calibration
 from .shared import whitened
 
 __all__ = [
     'LARGEST', 'Calibration', 'CalibrationReport', 'LayerFit', 'calibrate', 'group_covariances', 'input_covariances',
-    'insert_norms', 'output_scores', 'whitened']
+    'insert_norms', 'output_errors', 'output_scores', 'whitened']

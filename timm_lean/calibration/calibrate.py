@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from timm_lean.errors import LeanError
@@ -18,8 +17,9 @@ from .fleet import Fleet, Ship, fleet, survey
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, of_samples, pick_positions
 from .layers import LinearMap, is_layer, linear_map, rows_of, unfolded
-from .moments import HeldOut, Moments, all_reduce, is_distributed
+from .moments import HeldOut, Moments, is_distributed
 from .origin import check_origin
+from .outputs import HeldOutputs
 from .report import CalibrationReport, LayerFit
 from .settings import Calibration
 from .walk import Join, evaluation
@@ -88,7 +88,7 @@ class _Fit:
             uses[id(p)] > 1 for p in new.get_submodule(name).parameters(recurse=False))}
         try:
             self.survey, self.survey0 = (survey(network, self.names, chunks) for network in (new, original))
-            self.truth = self._outputs(original)
+            self.outputs = HeldOutputs(original, chunks)
         except LeanError:
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
@@ -103,7 +103,7 @@ class _Fit:
         report = CalibrationReport()
         report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
         report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
-        report.before = report.after = self._output_error()
+        report.before = report.after = self.outputs.error(self.new)
         used = [name for name in self.names if name in self.survey.counts]
         groups = [] if self.setting.biases_only else find_groups(self.new, self.original, used)
         best = _state(self.new)
@@ -112,13 +112,13 @@ class _Fit:
             if groups:
                 fits += self._fit_groups(groups, first=number == 0)
             fits += self._fit_layers()
-            error = self._output_error()
+            error = self.outputs.error(self.new)
             if not error < report.after:
                 _restore(self.new, best)
                 break
             report.after, report.layers, report.rounds, best = error, fits, number + 1, _state(self.new)
         if self.setting.reestimate_bn and reestimate(self.new, self.chunks, self.setting.memory_limit):
-            error = self._output_error()
+            error = self.outputs.error(self.new)
             report.reestimated = error < report.after
             if report.reestimated:
                 report.after = error
@@ -267,29 +267,6 @@ class _Fit:
                 if not any(left[other] for other in group.names):
                     fits.append(group.fit(self.setting.ridge, first))
         return fits
-
-    # the network's output ------------------------------------------------------------------------------------------
-
-    def _outputs(self, network: nn.Module) -> list[list[torch.Tensor]]:
-        """A network's outputs for the held-out images."""
-        outputs = []
-        for chunk in self.chunks:
-            if (part := chunk.part(held=True)) is not None:
-                outputs.append([leaf for leaf in tree_leaves(part.run(network))
-                                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()])
-        return outputs
-
-    def _output_error(self) -> float:
-        """Relative error on held-out images; of several outputs the root of the mean square."""
-        sums = torch.zeros(2, max(map(len, self.truth), default=1), dtype=torch.float64)
-        for outputs, truth in zip(self._outputs(self.new), self.truth, strict=True):
-            if [a.shape for a in outputs] != [b.shape for b in truth]:
-                raise LeanError('The outputs of the two networks for the same images differ in number or shape: the '
-                                'original is another network, or forward= chooses boxes, where it must return all.')
-            for index, (a, b) in enumerate(zip(outputs, truth, strict=True)):
-                sums[:, index] += torch.stack([(a.double() - b).square().sum(), b.double().square().sum()]).cpu()
-        all_reduce([sums])
-        return float((sums[0] / sums[1].clamp_min(1e-30)).mean().sqrt())
 
 
 def _at(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,8 @@ the second stage of a two-stage detector looks at the same boxes in every image.
 
 Three such functions, from the most to the least of a detector: all of it, its features, its backbone.
 """
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -19,22 +21,27 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['PARTS', 'forget', 'image_samples', 'on_images', 'traceable_parts']
+__all__ = ['PARTS', 'forget', 'image_samples', 'on_images', 'prediction_layers', 'runnable_part', 'traceable_parts']
 
 PARTS = ('whole', 'features', 'backbone')
 _CUTS = (1, 2, 4)  # into how many boxes a side is divided
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def on_images(detector: nn.Module, part: str = 'whole') -> Iterator[nn.Module]:
+def on_images(detector: nn.Module, part: str = 'whole', predictions: Sequence[str] = ()) -> Iterator[nn.Module]:
     """Within, `detector(images)` maps `[B, 3, H, W]` to a list of tensors; copies made within do so for good.
 
     Args:
         detector: A detector; its names and parameters stay what they are.
         part: One of `PARTS`: what is run.
+        predictions: Names of layers that are to it what a classifier is to a timm model: `get_classifier()` gives them.
     """
-    # a copy of the detector gets a method of its own
+    # a copy of the detector gets methods of its own
     detector.forward = MethodType(_FORWARDS[part], detector)
+    if predictions:
+        detector.get_classifier = MethodType(  # type: ignore[assignment]
+            lambda self: [self.get_submodule(name) for name in predictions], detector)
     try:
         yield detector
     finally:
@@ -43,7 +50,50 @@ def on_images(detector: nn.Module, part: str = 'whole') -> Iterator[nn.Module]:
 
 def forget(detector: nn.Module) -> None:
     """Give a detector its own forward pass back."""
-    detector.__dict__.pop('forward', None)
+    for name in ('forward', 'get_classifier'):
+        detector.__dict__.pop(name, None)
+
+
+def prediction_layers(detector: nn.Module, images: torch.Tensor) -> list[str]:
+    """Names of the layers that give a detector's outputs for `[B, 3, H, W]`: classes, boxes, masks.
+
+    Without a result where its heads do not run on images alone.
+    """
+    if runnable_part(detector, images) != 'whole':
+        return []
+    twin = copy.deepcopy(detector).eval()
+    made: dict[Any, str] = {}
+    handles = [layer.register_forward_hook(lambda layer, args, output, name=name: made.update({output.grad_fn: name}))
+               for name, layer in twin.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    with torch.enable_grad():
+        outputs = _tensors(_whole(twin, images.clone().requires_grad_()))
+    for handle in handles:
+        handle.remove()
+    found, seen, todo = set(), set(), [tensor.grad_fn for tensor in outputs]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            found.add(made[node])
+        else:
+            todo += [parent for parent, _ in node.next_functions]
+    return sorted(found)
+
+
+@torch.no_grad()
+def runnable_part(detector: nn.Module, x: torch.Tensor) -> str:
+    """The most of a detector that runs on images alone."""
+    twin = copy.deepcopy(detector).eval()
+    for part in traceable_parts(detector):
+        try:
+            with on_images(twin, part):
+                twin(x)
+            return part
+        except Exception as e:  # a head that wants more than features
+            _logger.debug(f'{part} of {type(detector).__name__} does not run on images alone: {e}')
+    return 'backbone'
 
 
 def traceable_parts(detector: Any) -> Sequence[str]:

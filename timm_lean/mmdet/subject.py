@@ -14,9 +14,9 @@ from timm_lean.errors import LeanError
 from timm_lean.pruning import prune_kernels, rank_blocks
 
 from .detector import write_detector
-from .on_images import on_images
+from .on_images import on_images, runnable_part
 from .report import OnImages, test_size
-from .verbs import lean_detector, runnable_part
+from .verbs import lean_detector
 
 __all__ = ['DetectorSubject']
 

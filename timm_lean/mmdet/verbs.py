@@ -4,8 +4,9 @@
     small = lean_detector(detector, timm_lean.share, params=0.5)
     write_detector(small, 'small.safetensors')
 
-They are the functions that classification networks go through; names of modules start at the detector's root. Layers of
-predictions keep their outputs, and what is left alone is in the report.
+They are the functions that classification networks go through; names of modules start at the detector's root. Layers
+that predict keep their outputs, and `share` leaves them as they are without `classifier=True`, as it does a classifier.
+What is left alone is in the report.
 """
 import copy
 import inspect
@@ -24,10 +25,10 @@ from timm_lean.pruning import prune_channels
 
 from .backbone import TimmBackbone
 from .hooks import submodule
-from .on_images import forget, image_samples, on_images, traceable_parts
+from .on_images import forget, image_samples, on_images, prediction_layers, runnable_part, traceable_parts
 from .report import test_size
 
-__all__ = ['check_runs', 'lean_detector', 'runnable_part', 'target_patterns']
+__all__ = ['check_runs', 'lean_detector', 'target_patterns']
 
 _SIDE = 128  # pixels of the images that a detector is traced with, where it takes such small ones
 _logger = logging.getLogger(__name__)
@@ -83,8 +84,10 @@ def target_patterns(detector: nn.Module, target: str | Sequence[str], include: A
 
 
 def _run(detector: Any, verb: Callable[..., Any], x: torch.Tensor, options: dict[str, Any]) -> Any:
-    with on_images(detector, runnable_part(detector, x)):
-        if 'example_input' in inspect.signature(verb).parameters:
+    parameters = inspect.signature(verb).parameters
+    predictions = prediction_layers(detector, x) if 'classifier' in parameters else []
+    with on_images(detector, runnable_part(detector, x), predictions):
+        if 'example_input' in parameters:
             options = {'example_input': x, **options}
         new = verb(detector, **options)
     forget(new)
@@ -164,20 +167,6 @@ def _example(detector: Any, side: int | None) -> torch.Tensor:
             module.training = training
     raise LeanError(f'{type(detector).__name__} does not take images of {" or ".join(map(str, sides))} pixels: '
                     f'{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}')
-
-
-@torch.no_grad()
-def runnable_part(detector: Any, x: torch.Tensor) -> str:
-    """The most of a detector that runs on images alone."""
-    twin = copy.deepcopy(detector).eval()
-    for part in traceable_parts(detector):
-        try:
-            with on_images(twin, part):
-                twin(x)
-            return part
-        except Exception as e:  # a head that wants more than features
-            _logger.debug(f'{part} of {type(detector).__name__} does not run on images alone: {e}')
-    return 'backbone'
 
 
 def _settle_backbone(detector: Any) -> None:

@@ -1,14 +1,15 @@
 """`share`: the network with bases in the place of its convolutions, and the values that make it the nearest to it."""
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from timm_lean.calibration import Calibration, calibrate, insert_norms
+from timm_lean.calibration import Calibration, calibrate, insert_norms, output_errors
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers import FilterBasis, SharedBasisConv2d, SharedBasisLinear
@@ -69,8 +70,9 @@ def share(
             first: its weight and bias undo its statistics. In training mode that holds as far as the statistics of a
             batch are those of the calibration images.
         calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: bases and all
-            other layers are fitted so that the outputs stay near the original's, see `calibrate`, and `energy` and
-            `params` go by the energy of the layers' outputs. Without, all this is about the weights alone.
+            other layers are fitted so that the outputs stay near the original's, see `calibrate`, and `energy` goes by
+            the energy of the layers' outputs; `params` by that or by the energy of the weights, whichever leaves the
+            network's output nearer to the original's. Without, all this is about the weights alone.
 
     Returns:
         A new network of the same mode, with a `ShareReport` as `.lean_report`.
@@ -89,13 +91,15 @@ def share(
         calibration = Calibration.of(calibration).hold()
     size = _Size(shared_rank, energy, params, unique_rank, bn)
     chosen = _choose(model, groups, left, size, before, calibration)
-    plan: list[dict[str, Any]] = [{
-        'layers': group.names, 'shared_rank': rank, 'unique_rank': group.unique(rank, unique_rank),
-        'stage': group.stage, 'kind': group.kind, **({'bn': True} if bn else {}),
-        **({'form': group.form} if group.form != 'rows' else {})} for group, rank in chosen]
+    if calibration is not None and params is not None:
+        groups, also_left = find_groups(model, dual, stages, include, exclude, alone, classifier)
+        with suppress(LeanError):  # where weights alone do not come to this size
+            by_weights = _choose(model, groups, also_left, size, before, None)
+            if _start_is_better(by_weights, chosen, model, size, calibration):
+                chosen, left = by_weights, also_left
+    plan = _plan(chosen, size)
     new = deepcopy(model)
-    _restructure(new, plan)
-    layers = [layer for index, (group, rank) in enumerate(chosen) for layer in _fill(new, group, rank, index)]
+    layers = _build(new, chosen, plan)
     if calibration is not None:
         new = calibrate(new, model, calibration)
         if bn:
@@ -151,6 +155,41 @@ def _choose(
     reason = 'factors would be no smaller' if size.params is None else 'kept whole by the budget'
     left |= {name: reason for group in groups for name in group.names if name not in converted}
     return chosen
+
+
+def _plan(chosen: list[tuple[Group, int]], size: _Size) -> list[dict[str, Any]]:
+    """What the recipe says of the groups."""
+    return [{
+        'layers': group.names, 'shared_rank': rank, 'unique_rank': group.unique(rank, size.unique_rank),
+        'stage': group.stage, 'kind': group.kind, **({'bn': True} if size.bn else {}),
+        **({'form': group.form} if group.form != 'rows' else {})} for group, rank in chosen]
+
+
+def _build(model: nn.Module, chosen: list[tuple[Group, int]], plan: list[dict[str, Any]]) -> list[LayerShare]:
+    """Replace the layers of groups, in place."""
+    _restructure(model, plan)
+    return [layer for index, (group, rank) in enumerate(chosen) for layer in _fill(model, group, rank, index)]
+
+
+def _start_is_better(
+        by_weights: list[tuple[Group, int]], by_outputs: list[tuple[Group, int]], model: nn.Module, size: _Size,
+        images: Calibration,
+) -> bool:
+    """Whether ranks by the energy of weights leave the network's output nearer to the original's.
+
+    A layer's own outputs do not tell what they are worth further on: in a detector, where most of them are of the
+    background, a few filters keep nearly all their energy. Both are built from the weights, so that the ranks alone
+    make the difference.
+    """
+    others = [(replace(group, kept={}, leading={}), rank) for group, rank in by_outputs]
+    for group, _ in others:
+        weight_spectra(group)
+    networks = []
+    for chosen in (by_weights, others):
+        networks.append(deepcopy(model))
+        _build(networks[-1], chosen, _plan(chosen, size))
+    first, second = output_errors(networks, model, images)
+    return first < second
 
 
 def shareable_range(model: nn.Module, *, classifier: bool = False) -> tuple[float, float]:

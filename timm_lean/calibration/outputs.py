@@ -1,0 +1,67 @@
+"""How far a network's outputs for the held-out images are from the original's: what calibration is judged by."""
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+
+from timm_lean.errors import LeanError
+
+from .images import Chunk, load_chunks
+from .moments import all_reduce
+from .settings import Calibration
+from .walk import evaluation
+
+__all__ = ['HeldOutputs', 'output_errors']
+
+
+class HeldOutputs:
+    """The original's outputs for the held-out images.
+
+    Args:
+        original: The network, in eval mode.
+        chunks: The images.
+
+    Raises:
+        LeanError: The network does not take them.
+    """
+
+    def __init__(self, original: nn.Module, chunks: Sequence[Chunk]):
+        self.chunks = chunks
+        self.truth = self._outputs(original)
+
+    def _outputs(self, network: nn.Module) -> list[list[torch.Tensor]]:
+        outputs = []
+        for chunk in self.chunks:
+            if (part := chunk.part(held=True)) is not None:
+                outputs.append([leaf for leaf in tree_leaves(part.run(network))
+                                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()])
+        return outputs
+
+    def error(self, network: nn.Module) -> float:
+        """Relative error of a network in eval mode; of several outputs the root of the mean square."""
+        sums = torch.zeros(2, max(map(len, self.truth), default=1), dtype=torch.float64)
+        for outputs, truth in zip(self._outputs(network), self.truth, strict=True):
+            if [a.shape for a in outputs] != [b.shape for b in truth]:
+                raise LeanError('The outputs of the two networks for the same images differ in number or shape: the '
+                                'original is another network, or forward= chooses boxes, where it must return all.')
+            for index, (a, b) in enumerate(zip(outputs, truth, strict=True)):
+                sums[:, index] += torch.stack([(a.double() - b).square().sum(), b.double().square().sum()]).cpu()
+        all_reduce([sums])
+        return float((sums[0] / sums[1].clamp_min(1e-30)).mean().sqrt())
+
+
+@torch.no_grad()
+def output_errors(
+        networks: Sequence[nn.Module], original: nn.Module, batches: Calibration | Iterable[Any]) -> list[float]:
+    """Relative errors of the outputs of networks, in eval mode, on the images that `calibrate` holds out.
+
+    Args:
+        networks: Compressed networks.
+        original: The network that they were made from.
+        batches: As `calibrate` takes them.
+    """
+    with evaluation(original, *networks):
+        held = HeldOutputs(original, load_chunks(Calibration.of(batches)))
+        return [held.error(network) for network in networks]
