@@ -107,7 +107,9 @@ def test_bad_arguments_are_clear_errors(kwargs, message):
         TimmBackbone(**kwargs)
 
 
-@pytest.mark.parametrize('name', ['resnet34_s32u1', 'mobilenetv2_100_shared', 'resnet20_cifar_shared'])
+@pytest.mark.parametrize('name', [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('resnet34_s32u1', 'mobilenetv2_100_shared')),
+    'resnet20_cifar_shared'])
 def test_weights_of_every_kind_of_file(name, tmp_path):
     """The features with the file's weights are those of the network it was written from."""
     args = SHARED_ARGS if name.startswith('resnet34') else {}
@@ -271,6 +273,7 @@ def test_a_checkpoint_asks_for_no_more_than_its_tensors_justify(tmp_path):
             build(checkpoint=str(path))
 
 
+@pytest.mark.slow
 def test_detector_with_share_reloads_without_it(dense_file, tmp_path):
     cfg = open_config(SHARED)
     cfg.model.backbone = dict(

@@ -26,8 +26,8 @@ def detector(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('fold', [
-    pytest.param([], id='shared', marks=pytest.mark.slow), pytest.param(['--fold'], id='folded')])
+@pytest.mark.slow
+@pytest.mark.parametrize('fold', [pytest.param([], id='shared'), pytest.param(['--fold'], id='folded')])
 def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
     onnxruntime = pytest.importorskip('onnxruntime')
     onnx, pt2 = tmp_path / 'b.onnx', tmp_path / 'b.pt2'
@@ -64,6 +64,7 @@ def test_the_whole_as_onnx(detector, tmp_path, capsys):
     assert 'head_0_level_0: stride 8' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_whole_as_a_folder(detector, tmp_path, capsys):
     assert main(['export', str(detector), '--det-dir', str(tmp_path / 'd')]) == 0
     assert 'load_detector' in capsys.readouterr().out

@@ -73,6 +73,7 @@ def test_command(trained, tmp_path, capsys):
     assert 'pruned by channels before' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tunes_by_its_own_config(pruned, tmp_path):
     model, path = pruned
     cfg = scenes_config(tmp_path, SHARED)

@@ -163,6 +163,7 @@ def test_backbone_of_a_detector_as_backbone(trained):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_init_detector_takes_the_export(trained, tmp_path):
     directory = export_detector(None, trained / 'run' / 'best.safetensors', tmp_path / 'det')
     from mmdet.apis import inference_detector, init_detector

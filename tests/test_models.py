@@ -826,7 +826,7 @@ def test_basis_ortho_on_banks_of_different_groups(include_unique):
 
 @pytest.mark.parametrize('name, kwargs', [
     ('densenet121_cifar_s64u4', dict(layers=(2, 2))), ('resnext50_cifar_s16u1', dict(layers=(2, 1), widths=(256, 512))),
-    ('mobilenetv2_cifar_sharedpp', {})])
+    pytest.param('mobilenetv2_cifar_sharedpp', {}, marks=pytest.mark.slow)])
 def test_cifar_families_fold_and_reload(name, kwargs, tmp_path):
     model = randomize_batchnorm(timm.create_model(name, num_classes=7, **kwargs)).eval()
     x = images(model, batch=1, size=16)
