@@ -9,7 +9,7 @@ from timm_lean_cli.demo_steps import demo
 
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
-    demo(tmp_path, minutes=0.5)
+    demo(tmp_path, minutes=2)
     out = capsys.readouterr().out
     assert 'identical outputs' in out and '<- chosen' in out
     (folder,) = tmp_path.iterdir()
