@@ -14,7 +14,7 @@ from conftest import randomize_batchnorm
 
 from timm_lean import CheckpointError, LeanError, load_model, save_model
 from timm_lean.checkpoint.format import read_header, save_hf_dir
-from timm_lean.checkpoint.recipe import Recipe, build, recipe_of
+from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.pruning import SpectralImportance, kernel_scores, prune_channels
 from timm_lean.pruning.graph import build_graph, channel_groups, is_consistent
@@ -297,6 +297,14 @@ def test_the_recipe_is_small_plain_data(tmp_path):
     assert [p.shape for p in build(recipe).parameters()] == [p.shape for p in model.parameters()]
 
 
+@pytest.fixture(scope='module')
+def pruned_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp('pruned') / 'm.safetensors'
+    save_model(prune_channels(model_of('resnet18'), image()), path)
+    load_model(path)
+    return path
+
+
 @pytest.mark.parametrize('change', [
     lambda s: s.update(modules=[]), lambda s: s.update(modules={'nowhere': {'out_channels': 3}}),
     lambda s: s.update(modules={'conv1': 3}), lambda s: s['modules']['conv1'].update(weight=[0, None, None, None]),
@@ -306,20 +314,13 @@ def test_the_recipe_is_small_plain_data(tmp_path):
     lambda s: s['modules']['conv1'].update(_modules=3), lambda s: s['modules']['conv1'].update(training=0),
     lambda s: s['modules']['conv1'].update(bias=[10 ** 12]), lambda s: s.update(feature_channels=[1]),
     lambda s: s.update(feature_channels='x'), lambda s: s.update(extra=1), lambda s: s['modules'].pop('conv1')])
-def test_damaged_steps_are_refused(change, tmp_path):
-    model = prune_channels(model_of('resnet18'), image())
-    recipe = recipe_of(model)
-    step = copy.deepcopy(recipe.steps[0])
-    change(step)
-    path = tmp_path / 'm.safetensors'
-    save_model(model, path)
-    header = read_header(path)
+def test_damaged_steps_are_refused(change, pruned_file, tmp_path):
     from safetensors.torch import load_file, save_file
-    save_file(load_file(path), path, metadata={'timm_lean': json.dumps({**header, 'steps': [step]})})
+    header = read_header(pruned_file)
+    change(header['steps'][0])
+    path = tmp_path / 'm.safetensors'
+    save_file(load_file(pruned_file), path, metadata={'timm_lean': json.dumps(header)})
     with pytest.raises(CheckpointError):
-        load_model(path)
-    with pytest.raises((LeanError, CheckpointError, RuntimeError)):
-        Recipe(recipe.architecture, recipe.model_args, [step])
         load_model(path)
 
 
