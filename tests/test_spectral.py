@@ -99,7 +99,8 @@ def test_adversarial_2x2(core, scale):
     check((conjugated(core, 0) * scale).astype(np.float32), 1e-4)
 
 
-FLOATS = st.floats(-1e3, 1e3, width=32) | st.sampled_from([float(np.float32(x)) for x in (0., 1., -1., 1e-20, 3e-39, 2.)])
+FLOATS = st.floats(-1e3, 1e3, width=32) | st.sampled_from(
+    [float(np.float32(x)) for x in (0., 1., -1., 1e-20, 3e-39, 2.)])
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
