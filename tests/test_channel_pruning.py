@@ -85,8 +85,9 @@ def test_bad_importances(kwargs, words):
 
 # --- families ---------------------------------------------------------------------------------------------------------
 
-FAST = ['resnet18', 'mobilenetv3_small_050', 'resnet20_cifar']
+FAST = ['resnet18', 'resnet20_cifar']
 SLOW = [
+    'mobilenetv3_small_050',
     'regnety_002', 'convnext_atto',
     'resnet50', 'resnet18d', 'wide_resnet50_2', 'resnext50_32x4d', 'seresnet50', 'resnetv2_50', 'resnest14d',
     'densenet121', 'vgg11_bn', 'mobilenetv2_050', 'mobilenetv3_large_100', 'efficientnet_lite0', 'efficientnet_b0',
@@ -237,7 +238,7 @@ def test_the_given_model_is_unchanged():
     assert not hasattr(model, 'lean_steps')
 
 
-@pytest.mark.parametrize('name', ['resnet34_s32u1', 'resnet50_sharedpp'])
+@pytest.mark.parametrize('name', ['resnet34_s32u1', pytest.param('resnet50_sharedpp', marks=pytest.mark.slow)])
 def test_shared_bases_stay_shared(name, tmp_path):
     model, x = model_of(name), image()
     small = prune_channels(model, x, pruning_ratio=0.5)

@@ -121,6 +121,7 @@ def test_the_conv_similarity_start_is_in_the_average_too(tmp_path, teacher):
     assert all(torch.equal(a, b) for a, b in zip(average.parameters(), trainer.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_resuming_ends_at_the_same_weights(tmp_path, teacher):
     options = dict(ema=True, ema_decay=0.5, epochs=3)
     train(small(tmp_path / 'whole', teacher, **options))
