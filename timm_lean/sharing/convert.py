@@ -95,7 +95,9 @@ def share(
         groups, also_left = find_groups(model, dual, stages, include, exclude, alone, classifier)
         with suppress(LeanError):  # where weights alone do not come to this size
             by_weights = _choose(model, groups, also_left, size, before, None)
-            if _start_is_better(by_weights, chosen, model, size, calibration):
+            same = {tuple(group.names): group for group in groups}
+            rivals = [(replace(same[tuple(group.names)], form=group.form), rank) for group, rank in chosen]
+            if _start_is_better(by_weights, rivals, model, size, calibration):
                 chosen, left = by_weights, also_left
     plan = _plan(chosen, size)
     new = deepcopy(model)
@@ -172,22 +174,18 @@ def _build(model: nn.Module, chosen: list[tuple[Group, int]], plan: list[dict[st
 
 
 def _start_is_better(
-        by_weights: list[tuple[Group, int]], by_outputs: list[tuple[Group, int]], model: nn.Module, size: _Size,
+        chosen: list[tuple[Group, int]], rivals: list[tuple[Group, int]], model: nn.Module, size: _Size,
         images: Calibration,
 ) -> bool:
-    """Whether ranks by the energy of weights leave the network's output nearer to the original's.
+    """Whether ranks by the energy of weights leave the network's output nearer to the original's than `rivals`.
 
     A layer's own outputs do not tell what they are worth further on: in a detector, where most of them are of the
     background, a few filters keep nearly all their energy. Both are built from the weights, so that the ranks alone
     make the difference.
     """
-    others = [(replace(group, kept={}, leading={}), rank) for group, rank in by_outputs]
-    for group, _ in others:
-        weight_spectra(group)
-    networks = []
-    for chosen in (by_weights, others):
-        networks.append(deepcopy(model))
-        _build(networks[-1], chosen, _plan(chosen, size))
+    networks = [deepcopy(model), deepcopy(model)]
+    for network, ranks in zip(networks, (chosen, rivals), strict=True):
+        _build(network, ranks, _plan(ranks, size))
     first, second = output_errors(networks, model, images)
     return first < second
 
