@@ -36,6 +36,7 @@ _STEP = 1 / 6  # to a neighbour
 _MOST_MIXES = 24
 _PATIENCE = 5  # mixes in a row without a better one
 _TUNED = 2  # candidates that are trained further
+_FIRST = ('int8', 'share', 'kernels', 'channels', 'blocks')  # what costs least accuracy, as a rule
 _ANY = 1e-3  # an amount of a technique that is all or nothing
 _BACK = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)  # of the way to a target that costs too much
 
@@ -168,7 +169,7 @@ class _Search:
         together.
         """
         reaches: dict[str, float | None] = {}
-        for name in sorted(self.space.techniques, key=lambda name: name != 'int8'):  # which takes least time
+        for name in sorted(self.space.techniques, key=_FIRST.index):
             reaches[name] = factor = self.space.reach({name: 1.})
             if factor is not None:
                 self._try({name: factor})
