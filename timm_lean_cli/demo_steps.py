@@ -25,7 +25,7 @@ _MAX_DROP = 1.  # points
 _MINUTES = 10.  # the search ends by itself much earlier, unless the machine is busy
 _DETECTOR_TARGETS = {'file': 0.3}
 _DETECTOR_MAX_DROP = 2.  # points of AP
-_DETECTOR_MINUTES = 1.
+_DETECTOR_MINUTES = 0.5
 _DETECTOR_IMAGES = 32  # that calibrate
 _TRAINING = TrainConfig(
     model='resnet20_cifar', data='digits', img_size=16, batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.02,
