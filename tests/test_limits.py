@@ -107,7 +107,7 @@ def test_hostile_files_are_refused_in_two_seconds_and_200_mb(good, tmp_path):
     assert len(outcomes) == len(files), f'ended at {list(files)[len(outcomes)]}: {done.stderr[-2000:]}'
     for name, (outcome, megabytes, seconds) in outcomes.items():
         assert outcome == 'refused', name
-        assert int(megabytes) < 200 + 2 * len(files[name]) / 1e6 and float(seconds) < 8, (name, megabytes, seconds)
+        assert int(megabytes) < 200 + 2 * len(files[name]) / 1e6 and float(seconds) < 5, (name, megabytes, seconds)
 
 
 @pytest.mark.slow

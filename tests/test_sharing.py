@@ -203,19 +203,22 @@ def test_calibrated_batch_norm_changes_nothing_at_first(tmp_path):
 
 
 def test_ranks_are_those_that_leave_the_output_nearest(monkeypatch):
-    def ranks(errors=None):
-        model, images = small(), [X] if errors else None
-        for block in model.layer3:  # images excite a few inputs of the second convolutions, whatever their weights are
+    def model():
+        given = small()
+        for block in given.layer3:  # images excite a few inputs of the second convolutions, whatever their weights are
             block.bn1.weight.data[3:] = block.bn1.bias.data[3:] = 0
+        return given
+
+    def ranks(errors):
         monkeypatch.setattr('timm_lean.sharing.convert.output_errors',
-                            lambda networks, *args: found.extend(networks) or errors)
-        new = share(model, params=0.4, dual=True, calibration=images)
+                            lambda networks, *args: judged.extend(networks) or errors)
+        new = share(model(), params=0.4, dual=True, calibration=[X])
         return [layer.shared_rank for layer in new.lean_report.layers]
 
-    found = []
-    by_weights, by_outputs = ranks(errors=[0., 1.]), ranks(errors=[1., 0.])
-    assert by_weights == ranks() != by_outputs
-    assert [layer.shared_rank for layer in share(small(), params=0.4, dual=True).lean_report.layers] == by_weights
+    judged = []
+    plain = share(model(), params=0.4, dual=True)
+    assert ranks([0., 1.]) == [layer.shared_rank for layer in plain.lean_report.layers] != ranks([1., 0.])
+    assert torch.equal(judged[0](X), plain(X)), 'as the weights alone make it'
 
 
 def test_output_errors_are_those_of_every_fourth_image():

@@ -9,7 +9,7 @@ Three such functions, from the most to the least of a detector: all of it, its f
 """
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -55,31 +55,12 @@ def forget(detector: nn.Module) -> None:
 
 
 def prediction_layers(detector: nn.Module, images: torch.Tensor) -> list[str]:
-    """Names of the layers that give a detector's outputs for `[B, 3, H, W]`: classes, boxes, masks.
-
-    Without a result where its heads do not run on images alone.
-    """
-    if runnable_part(detector, images) != 'whole':
-        return []
+    """Names of the layers that give the outputs of a detector that runs as a whole on `[B, 3, H, W]`."""
     twin = copy.deepcopy(detector).eval()
-    made: dict[Any, str] = {}
-    handles = [layer.register_forward_hook(lambda layer, args, output, name=name: made.update({output.grad_fn: name}))
-               for name, layer in twin.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    with torch.enable_grad():
+    with torch.enable_grad(), _leaves(twin) as made:
         outputs = _tensors(_whole(twin, images.clone().requires_grad_()))
-    for handle in handles:
-        handle.remove()
-    found, seen, todo = set(), set(), [tensor.grad_fn for tensor in outputs]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in made:
-            found.add(made[node])
-        else:
-            todo += [parent for parent, _ in node.next_functions]
-    return sorted(found)
+    names = {tensor.grad_fn: name for name, tensor in made}
+    return sorted({names[node] for node in _reached(outputs, names) if node in names})
 
 
 @torch.no_grad()
@@ -150,11 +131,11 @@ _FORWARDS = {part: _on_images(function)
 
 
 @contextmanager
-def _leaves(detector: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within, what the layers of a detector make is noted."""
-    made: list[torch.Tensor] = []
-    handles = [layer.register_forward_hook(lambda layer, args, output: made.append(output))
-               for layer in detector.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+def _leaves(detector: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Within, what the layers of a detector make is noted, with their names."""
+    made: list[tuple[str, torch.Tensor]] = []
+    handles = [layer.register_forward_hook(lambda layer, args, output, name=name: made.append((name, output)))
+               for name, layer in detector.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     try:
         yield made
     finally:
@@ -162,15 +143,22 @@ def _leaves(detector: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def _unread(outputs: list[torch.Tensor], made: list[torch.Tensor]) -> list[torch.Tensor]:
+def _unread(outputs: list[torch.Tensor], made: list[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
     """What layers made that reaches no output: a backbone may run on behind its last feature level."""
+    reached = _reached(outputs)
+    return [tensor for _, tensor in made if tensor.grad_fn is not None and tensor.grad_fn not in reached]
+
+
+def _reached(outputs: list[torch.Tensor], ends: Collection[Any] = ()) -> set[Any]:
+    """The operations that outputs depend on; behind those of `ends` one does not look."""
     reached, todo = set(), [tensor.grad_fn for tensor in outputs]
     while todo:
         node = todo.pop()
         if node is not None and node not in reached:
             reached.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return [tensor for tensor in made if tensor.grad_fn is not None and tensor.grad_fn not in reached]
+            if node not in ends:
+                todo += [parent for parent, _ in node.next_functions]
+    return reached
 
 
 def _boxes(images: torch.Tensor) -> torch.Tensor:

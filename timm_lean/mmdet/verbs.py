@@ -85,8 +85,9 @@ def target_patterns(detector: nn.Module, target: str | Sequence[str], include: A
 
 def _run(detector: Any, verb: Callable[..., Any], x: torch.Tensor, options: dict[str, Any]) -> Any:
     parameters = inspect.signature(verb).parameters
-    predictions = prediction_layers(detector, x) if 'classifier' in parameters else []
-    with on_images(detector, runnable_part(detector, x), predictions):
+    part = runnable_part(detector, x)
+    predictions = prediction_layers(detector, x) if part == 'whole' and 'classifier' in parameters else []
+    with on_images(detector, part, predictions):
         if 'example_input' in parameters:
             options = {'example_input': x, **options}
         new = verb(detector, **options)

@@ -159,20 +159,16 @@ class _WithGradients(torch.autograd.Function):
         return None, None, None, *grads
 
 
-# For torch.compile the sum is one operator with a written-out gradient, which keeps nothing and computes twice. Their
-# schemas are written out too: torch 2.6 does not read them from annotations with `collections.abc.Sequence`.
-_ARGUMENTS = 'Tensor[] weights, int[] groups, float[] factors, bool adjacent'
+# For torch.compile the sum is one operator with a written-out gradient, which keeps nothing and computes twice.
 
-
-@torch.library.custom_op('timm_lean::conv_similarity', mutates_args=(), schema=f'({_ARGUMENTS}) -> Tensor')
+@torch.library.custom_op('timm_lean::conv_similarity', mutates_args=())
 def _operator(weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float], adjacent: bool,
               ) -> torch.Tensor:
     """`_similarity`, whose gradient is the other operator."""
     return _value_and_grads(weights, groups, factors, adjacent, None)[0]
 
 
-@torch.library.custom_op(
-    'timm_lean::conv_similarity_grad', mutates_args=(), schema=f'(Tensor grad, {_ARGUMENTS}) -> Tensor[]')
+@torch.library.custom_op('timm_lean::conv_similarity_grad', mutates_args=())
 def _operator_grad(
         grad: torch.Tensor, weights: Sequence[torch.Tensor], groups: Sequence[int], factors: Sequence[float],
         adjacent: bool,

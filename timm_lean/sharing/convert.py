@@ -90,15 +90,16 @@ def share(
     if calibration is not None:
         calibration = Calibration.of(calibration).hold()
     size = _Size(shared_rank, energy, params, unique_rank, bn)
+    others, others_left = [replace(group, kept={}, leading={}) for group in groups], dict(left)
     chosen = _choose(model, groups, left, size, before, calibration)
     if calibration is not None and params is not None:
-        groups, also_left = find_groups(model, dual, stages, include, exclude, alone, classifier)
+        by_weights: list[tuple[Group, int]] = []
         with suppress(LeanError):  # where weights alone do not come to this size
-            by_weights = _choose(model, groups, also_left, size, before, None)
-            same = {tuple(group.names): group for group in groups}
-            rivals = [(replace(same[tuple(group.names)], form=group.form), rank) for group, rank in chosen]
-            if _start_is_better(by_weights, rivals, model, size, calibration):
-                chosen, left = by_weights, also_left
+            by_weights = _choose(model, others, others_left, size, before, None)
+        same = {tuple(group.names): group for group in others}
+        rivals = [(replace(same[tuple(group.names)], form=group.form), rank) for group, rank in chosen]
+        if by_weights and _start_is_better(by_weights, rivals, model, size, calibration):
+            chosen, left = by_weights, others_left
     plan = _plan(chosen, size)
     new = deepcopy(model)
     layers = _build(new, chosen, plan)
@@ -183,9 +184,12 @@ def _start_is_better(
     background, a few filters keep nearly all their energy. Both are built from the weights, so that the ranks alone
     make the difference.
     """
+    plans = _plan(chosen, size), _plan(rivals, size)
+    if plans[0] == plans[1]:
+        return False
     networks = [deepcopy(model), deepcopy(model)]
-    for network, ranks in zip(networks, (chosen, rivals), strict=True):
-        _build(network, ranks, _plan(ranks, size))
+    for network, ranks, plan in zip(networks, (chosen, rivals), plans, strict=True):
+        _build(network, ranks, plan)
     first, second = output_errors(networks, model, images)
     return first < second
 
