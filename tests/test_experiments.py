@@ -98,7 +98,7 @@ class TestQueueFile:
         runs = tools.read_queue(TOOLS / 'experiments.yaml')
         assert {run.needs for run in runs if run.question == 8} == {'bccd'}
         first = [run for run in runs if run.question == 1]
-        assert len(first) == 12 and {run.seed for run in first} == {0, 1, 2}
+        assert len(first) == 18 and {run.seed for run in first} == {0, 1, 2}
 
 
 class TestWork:
@@ -247,8 +247,11 @@ class TestPage:
         write_rows(results, [
             *(row('dense', seed, top1) for seed, top1 in enumerate((79., 80., 81.))),
             *(row('small', seed, top1, params=500) for seed, top1 in enumerate((80., 82., 84.))),
-            row('dense', 0, 85., question=2),
-            *(row(f'share 0.5 {after}', 0, top1, question=2, settings={'technique': 'share', 'size': 0.5})
+            *(row(f'deeper, {name}', 0, top1) for name, top1 in (('dense', 90.), ('small', 89.))),
+            *(row('dense', seed, top1, question=2) for seed, top1 in enumerate((85., 86., 87.))),
+            *(row(f'{technique} 0.5 {after}', seed, top1 - loss * seed, question=2,
+                  settings={'technique': technique, 'size': 0.5})
+              for technique, loss in (('share', 0), ('torch-pruning', 1)) for seed in range(3)
               for after, top1 in (('plain', 70.), ('calibrated', 84.5)))])
         (results / 'earlier.md').write_text('## Before\n')
         queue = [tools.Run(1, 'dense', seed, 'python') for seed in range(5)]
@@ -256,9 +259,13 @@ class TestPage:
             report.write_page(queue, results, page)
         text = page.read_text()
         assert '**small** against dense: +2.00 points [-0.48, +4.48], p = 0.074, with -50 % parameters.' in text
+        assert '**deeper, small** against deeper, dense: -1.00 points (one seed), with +0 % parameters.' in text
         assert '| dense | 1,000 | 2.00 M | 4.0 kB | 3 | 80.00 ± 1.00 (3) |  |' in text
-        assert '**share**: -0.5 points at 0.5 (calibrated).' in text
-        assert '| share | 0.5 | 1,000 | 2.00 M | 4.0 kB | 70.00 (1) | 84.50 (1) |  |' in text
+        assert '**share**, points: at 0.5 -1.5 calibrated.' in text  # -0.5, -1.5 and -2.5
+        assert '| torch-pruning | 0.5 | 1,000 | 2.00 M | 4.0 kB | 69.00 ± 1.00 (3) | 83.50 ± 1.00 (3) |' in text
+        # differences 0, 1, 2: the same t as above, over half the mean
+        effect = '+1.00 points [-1.48, +3.48], p = 0.23'
+        assert f'| share against torch-pruning | 0.5 | {effect} | {effect} |  |  |' in text
         assert '- 1: 3 of 5 runs are finished.' in text and '- 3: Which kernels' in text and 'lossy' not in text
         assert text.index('## Before') > text.index('## 2.')
         for picture in ('q1.png', 'q2.png'):

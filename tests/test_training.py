@@ -22,7 +22,7 @@ from timm_lean.errors import LeanError
 from timm_lean.regularizers import create_regularizer
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.config import CONFIGS, list_configs, load_yaml
-from timm_lean.training.data import CachedLoader, create_eval_loader, open_dataset, random_crop
+from timm_lean.training.data import CachedLoader, create_eval_loader, open_dataset, shifted_crop
 from timm_lean.training.engine import Trainer
 from timm_lean.training.task import RegularizedTask
 
@@ -327,16 +327,27 @@ def test_cached_training_epochs_differ_and_have_full_batches(image_folder):
     assert not torch.equal(first[0], second[0])
 
 
-def test_random_crop_is_a_shift_of_the_zero_padded_image():
-    x = torch.randint(1, 255, (64, 3, 7, 5), dtype=torch.uint8)
-    out = random_crop(x, 2)
+def test_a_shifted_crop_is_a_part_of_the_zero_padded_image():
+    x = torch.randint(1, 255, (25, 3, 7, 5), dtype=torch.uint8)
+    shifts = torch.cartesian_prod(torch.arange(5), torch.arange(5))
     padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
-    shifts = set()
-    for image, result in zip(padded, out, strict=True):
-        found = [(i, j) for i in range(5) for j in range(5) if torch.equal(image[:, i:i + 7, j:j + 5], result)]
-        assert len(found) == 1
-        shifts.add(found[0])
-    assert len(shifts) > 15  # all 25 are equally likely
+    for image, (i, j), result in zip(padded, shifts.tolist(), shifted_crop(x, shifts, 2), strict=True):
+        assert torch.equal(image[:, i:i + 7, j:j + 5], result)
+
+
+def test_cached_training_shifts_images_in_every_direction(image_folder):
+    config = resolve_data_config({'input_size': (3, 12, 12), 'mean': (0.,) * 3, 'std': (1.,) * 3}, pretrained_cfg={})
+    dataset = open_dataset('folder', str(image_folder), 'train')
+    loader = CachedLoader(dataset, config, 8, CPU, shuffle=True, padding=2)
+    padded = torch.nn.functional.pad(loader.images, (2, 2, 2, 2))
+    found = set()
+    for _ in range(5):
+        for result in torch.cat([255 * x for x, _ in loader]).round().to(torch.uint8):
+            windows = {(i, j): (padded[:, :, i:i + 12, j:j + 12] == result).flatten(1).all(1).any()
+                       for i in range(5) for j in range(5)}
+            assert any(windows.values())
+            found |= {shift for shift, equal in windows.items() if equal}
+    assert len(found) > 15  # all 25 are equally likely
 
 
 def test_balanced_subset_takes_classes_evenly():

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for needs in sorted({str(each.needs) for each in left_out}):
         print(f'without --{needs}-dir {sum(each.needs == needs for each in left_out)} runs are left out')
     runs = [each for each in runs if each.needs in given]
-    queue = Queue(runs, args.runs, args.results, data, args.bccd_dir)
+    queue = Queue(runs, args.runs, args.results, data, args.bccd_dir, args.commit)
     failed = queue.work(args.nice, lambda line: print(line, flush=True))
     return 1 if failed else 0
 
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument('--data-dir', type=Path, metavar='DIR', help='the images')
             sub.add_argument('--bccd-dir', type=Path, metavar='DIR', help='BCCD in COCO format, for the detectors')
             sub.add_argument('--nice', type=int, default=19, help='priority of the commands (default 19, the lowest)')
+            sub.add_argument('--commit', help='for the rows, on a machine without the repository (default: asks git)')
     return p
 
 

@@ -5,7 +5,8 @@
     runs:
       - question: 1                # which file of results, and which part of the page
         name: shared {rank}        # a changed command needs a new name: what has a row is not run again
-        each: {rank: [8, 16]}      # every combination is a run; its values are kept in the row as `settings`
+        each: {rank: [8, 16]}      # every combination is a run (of a list of maps: those of each map); its values are
+                                   # kept in the row as `settings`
         seeds: [0, 1, 2]
         command: '{quick} --model-args shared_rank={rank} unique_rank=1'
 
@@ -109,8 +110,9 @@ def _expand(entry: Any, define: dict[str, str]) -> Iterator[Run]:
     if not isinstance(entry, dict) or not needed <= entry.keys() <= known:
         raise LeanError(f'An entry of the queue needs {", ".join(sorted(needed))} and may have each, got {entry!r}.')
     each = entry.get('each') or {}
-    for values, seed in itertools.product(itertools.product(*each.values()), entry['seeds']):
-        settings = dict(zip(each, values, strict=True))
+    combinations = [dict(zip(grid, values, strict=True)) for grid in (each if isinstance(each, list) else [each])
+                    for values in itertools.product(*grid.values())]
+    for settings, seed in itertools.product(combinations, entry['seeds']):
         folders = {name: f'{{{name}}}' for name in ('data', 'bccd', 'run', 'runs')}  # filled in later
         template = _fill(_fill(entry['command'], **define, **settings, **folders, seed='{seed}'),
                          **settings, **folders, seed=seed)
@@ -133,11 +135,13 @@ class Queue:
         results: Folder of the rows, one `qN.jsonl` for each question.
         data: The images; None if no command asks for any.
         bccd: The same for those of BCCD.
+        commit: Of the code that runs; None to ask git.
     """
 
     def __init__(
-            self, runs: Sequence[Run], folder: Path, results: Path, data: Path | None = None, bccd: Path | None = None):
-        self.runs, self.folder, self.results = runs, folder, results
+            self, runs: Sequence[Run], folder: Path, results: Path, data: Path | None = None, bccd: Path | None = None,
+            commit: str | None = None):
+        self.runs, self.folder, self.results, self.commit = runs, folder, results, commit or find_commit()
         self.images = {'data': data, 'bccd': bccd}
 
     def work(self, nice: int = 19, say: Callable[[str], None] = print) -> int:
@@ -216,7 +220,7 @@ class Queue:
         row = {
             'question': run.question, 'name': run.name, 'seed': run.seed, **measure(self.folder / run.label),
             'settings': run.settings, 'data': describe_images(images) if images else 'digits',
-            'command': run.command(), 'commit': commit(),
+            'command': run.command(), 'commit': self.commit,
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
                          'timm_lean': timm_lean.__version__},
             'hardware': hardware(torch.device('cuda' if torch.cuda.is_available() else 'cpu')),
@@ -285,7 +289,7 @@ def choose(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
     return chosen
 
 
-def commit() -> str:
+def find_commit() -> str:
     """The commit of the code that runs, with a + behind it if files were changed since."""
     try:
         git = ['git', '-C', str(ROOT)]

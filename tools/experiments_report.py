@@ -31,12 +31,15 @@ QUESTIONS = {
     7: 'The same as 2 for MobileNetV2 with ImageNet weights, on CIFAR-10 at 96 pixels.',
     8: 'Detection of blood cells (BCCD): dense, shared, compressed.',
 }
-_AFTER = ('plain', 'calibrated', 'trained on')  # how the names of question 2 end
-_WAYS = """Made smaller at once (plain), repaired with unlabelled training images that each seed draws (calibrated),
-then trained for 2 epochs more (trained on); compare techniques within one of these columns only. Accuracy is on all
-test images. Size is the share of the parameters that is left for `share` and `torch-pruning`, the share of
-kernels pruned for `kernels`, of each layer's channels removed for `channels` and `torch-pruning-cut`, and the number
-of residual blocks removed for `blocks`."""
+_ALONE = 'trained on without calibration'
+_AFTER = ('plain', 'calibrated', 'trained on', _ALONE)  # how the names of question 2 end
+_RIVALS = {'share': 'torch-pruning', 'channels': 'torch-pruning-cut'}  # of equal sizes
+_WAYS = f"""The dense networks of question 1, made smaller at once (plain), repaired with 512 unlabelled training images
+(calibrated), then trained for 2 epochs more (trained on), or trained without having been calibrated ({_ALONE}); `none`
+shows what those epochs do to a network as it was. Compare techniques within one of these columns only. Accuracy is on
+all test images, points are against the dense network of the same seed. Size is the share of the parameters that is left
+for `share` and `torch-pruning`, the share of kernels pruned for `kernels`, of each layer's channels removed for
+`channels` and `torch-pruning-cut`, and the number of residual blocks removed for `blocks`."""
 _DETECTION = """RTMDet-tiny (MMDetection's own), trained from scratch for only 12 epochs on 292 images at 320 x 240: far
 from what it could learn, and with 72 test images AP moves by points. What counts is what is kept of the first row. Made
 smaller at once (plain), repaired with 64 training images without their boxes (calibrated), then trained for 1 epoch
@@ -138,50 +141,69 @@ def size_cells(row: dict[str, Any]) -> list[str]:
 
 
 def networks(question: int, rows: Rows, folder: Path) -> str:
-    """The part of a question that compares networks with the first one: answer, picture, table."""
+    """The part of a question that compares networks, each with the last dense one before it: answer, picture, table."""
     groups = by_name(rows)
-    base_name, base = next(iter(groups.items()))
-    effects = {name: paired(group, base) for name, group in groups.items() if name != base_name}
-    change = {name: 100 * (group[0]['params'] / base[0]['params'] - 1) for name, group in groups.items()}
-    answer = [f'**{name}** against {base_name}: {effect}, with {change[name]:+.0f} % parameters.'
+    bases: dict[str, str] = {}
+    for name in groups:
+        bases[name] = name if name.endswith('dense') or not bases else list(bases.values())[-1]
+    effects = {name: paired(group, groups[bases[name]]) for name, group in groups.items() if name != bases[name]}
+    change = {name: 100 * (group[0]['params'] / groups[bases[name]][0]['params'] - 1) for name, group in groups.items()}
+    answer = [f'**{name}** against {bases[name]}: {effect}, with {change[name]:+.0f} % parameters.'
               for name, effect in effects.items() if effect]
     draw_networks(groups, folder / f'q{question}.png')
     lines = [
         [name, *size_cells(group[0]), str(group[0].get('epochs', '')), spread(group), str(effects.get(name) or '')]
         for name, group in groups.items()]
     return _part(question, answer, folder, table(
-        ['network', 'parameters', 'MACs', 'file', 'epochs', '% (seeds)', f'against {base_name}, paired'], lines))
+        ['network', 'parameters', 'MACs', 'file', 'epochs', '% (seeds)', 'against the dense one, paired'], lines))
 
 
 def compressions(question: int, rows: Rows, folder: Path) -> str:
-    """The part of a question that makes one network smaller in several ways."""
+    """The part of a question that makes networks smaller in several ways."""
     groups = by_name(rows)
     dense = groups.pop('dense', [])
     ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     for name, group in groups.items():
         technique, size = (group[0]['settings'][key] for key in ('technique', 'size'))
         ways[technique, size][name.removeprefix(f'{technique} {size} ')] = group
-    start = score(dense[0]) if dense else None
-    answer = [_best(technique, ways, start) for technique in dict.fromkeys(t for t, _ in ways)] if start else []
+    answer = [_kept(technique, ways, dense) for technique in dict.fromkeys(t for t, _ in ways) if technique != 'none']
     unit = 'AP, %' if any('ap' in row for row in rows) else '%'
-    draw_compressions(ways, start, folder / f'q{question}.png', 'AP (%)' if 'AP' in unit else 'top-1 (%)')
-    lines = [['dense', '', *(size_cells(dense[0]) if dense else ['', '', '']), spread(dense), '', '']]
+    start = statistics.mean(map(score, dense)) if dense else None
+    draw_compressions({way: kinds for way, kinds in ways.items() if way[0] != 'none'}, start,
+                      folder / f'q{question}.png', 'AP (%)' if 'AP' in unit else 'top-1 (%)')
+    after = [kind for kind in _AFTER if any(kind in kinds for kinds in ways.values())]
+    lines = [['dense', '', *(size_cells(dense[0]) if dense else ['', '', '']), spread(dense), *[''] * (len(after) - 1)]]
     for (technique, size), kinds in sorted(ways.items(), key=lambda item: item[0][0]):
         first = next(iter(kinds.values()))[0]
-        lines.append([technique, f'{size:g}', *size_cells(first), *(spread(kinds.get(kind, [])) for kind in _AFTER)])
-    return _part(question, [*filter(None, answer), _DETECTION if question == 8 else _WAYS], folder, table(
-        ['technique', 'size', 'parameters', 'MACs', 'file', *(f'{kind}, {unit} (seeds)' for kind in _AFTER)], lines))
+        lines.append([technique, f'{size:g}', *size_cells(first), *(spread(kinds.get(kind, [])) for kind in after)])
+    accuracies = table(
+        ['technique', 'size', 'parameters', 'MACs', 'file', *(f'{kind}, {unit} (seeds)' for kind in after)], lines)
+    return _part(question, [*filter(None, answer), _DETECTION if question == 8 else _WAYS], folder,
+                 '\n'.join(filter(None, [accuracies, _against_rivals(ways)])))
 
 
-def _best(technique: str, ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]], start: float) -> str:
-    """In words: what a technique keeps at its gentlest and its strongest, calibrated if that was done."""
+def _kept(technique: str, ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]], dense: Rows) -> str:
+    """In words: what a technique costs at each size, without any training and trained on."""
     found = []
     for (name, size), kinds in ways.items():
-        kind = next((kind for kind in reversed(_AFTER) if kind in kinds), None)
-        if name == technique and kind:
-            mean = statistics.mean(map(score, kinds[kind]))
-            found.append(f'{mean - start:+.1f} points at {size:g} ({kind})')
-    return f'**{technique}**: {"; ".join(found)}.' if found else ''
+        costs = {kind: paired(kinds.get(kind, []), dense) for kind in ('calibrated', 'trained on')}
+        words = [f'{effect.mean:+.1f} {kind}' for kind, effect in costs.items() if effect]
+        if name == technique and words:
+            found.append(f'at {size:g} {", ".join(words)}')
+    return f'**{technique}**, points: {"; ".join(found)}.' if found else ''
+
+
+def _against_rivals(ways: dict[tuple[str, float], dict[str, list[dict[str, Any]]]]) -> str:
+    """Our technique against the rival that gives networks of the same size; empty without both."""
+    pairs = [*((kind, kind) for kind in _AFTER[:3]), ('trained on', _ALONE)]
+    lines = []
+    for (technique, size), kinds in ways.items():
+        rival = ways.get((_RIVALS.get(technique, ''), size))
+        if rival:
+            effects = [paired(kinds.get(ours, []), rival.get(theirs, [])) for ours, theirs in pairs]
+            lines.append([f'{technique} against {_RIVALS[technique]}', f'{size:g}', *(str(e or '') for e in effects)])
+    return 'Paired by seed, with the 95 % interval and the p of the paired t-test:\n\n' + table(
+        ['', 'size', *_AFTER[:3], 'calibrated and trained on against trained on'], lines) if lines else ''
 
 
 def _part(question: int, answer: Sequence[str], folder: Path, text: str) -> str:

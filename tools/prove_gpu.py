@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ def eigenvalues(args: argparse.Namespace) -> Steps:
 
 def calibration(args: argparse.Namespace) -> Steps:
     few = ['--model', 'resnet18', '--images', '8', '--img-size', '32', '--batch-size', '8'] if args.quick else []
-    return {'calibration': Step(['tools/benchmark.py', 'calibration', '--device', args.device, *few])}
+    command = ['tools/benchmark.py', 'calibration', '--device', args.device, *few]
+    return {technique: Step([*command, '--technique', technique]) for technique in ('kernels', 'share')}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Steps]] = {
@@ -133,6 +135,8 @@ def run_part(name: str, args: argparse.Namespace) -> bool:
     """Run what is left of a part, within its time; returns whether all of it has ended well."""
     end, whole = time.monotonic() + args.limit, True
     for step_name, step in PARTS[name](args).items():
+        if not fnmatchcase(step_name, args.step):
+            continue
         state = _state(args, name, step_name)
         if state == 'done':
             continue
@@ -155,7 +159,7 @@ def run_part(name: str, args: argparse.Namespace) -> bool:
         if args.page:
             device = resolve_device(args.device)
             write_page(args.page, device.type, _done(args), hardware(device))
-    if whole:
+    if whole and args.step == '*':
         print(f'{name} is done: {args.results}')
     if whole and name == 'benchmarks':
         print(format_verdicts(_done(args)))
@@ -225,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--list', action='store_true', help='show the parts and their commands, run nothing')
     p.add_argument('--part', choices=PARTS, action='append', help='run only this part; may be repeated')
+    p.add_argument('--step', default='*', metavar='PATTERN', help="only these steps, such as '*, channels last'")
     p.add_argument('--device', default='cuda')
     p.add_argument('--quick', action='store_true', help='tiny sizes: whether the commands work, no figures')
     p.add_argument('--limit', type=float, default=LIMIT, metavar='SECONDS', help=f'of a part (default {LIMIT})')

@@ -293,28 +293,35 @@ class CachedLoader:
         return count // self.world if self.shuffle else len(range(self.rank, count, self.world))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        count = len(self.images)
+        count, device = len(self.images), self.images.device
         # every process draws the same order, from the CPU generator, so that resuming and sharding agree
         order = torch.randperm(count) if self.shuffle else torch.arange(count)
-        order = order[self.rank::self.world][:self._share()].to(self.images.device)
+        order = order[self.rank::self.world][:self._share()].to(device)
+        # for the whole epoch, in one copy: a copy in every step would make every step wait for the device
+        shifts = torch.randint(0, 2 * self.padding + 1, (len(order), 2)).to(device) if self.padding else None
+        flips = (torch.rand(len(order)) < self.hflip).to(device) if self.hflip else None
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            index = order[start:start + self.batch_size]
-            x = self.images[index]
-            if self.padding:
-                x = random_crop(x, self.padding)
-            if self.hflip:
-                flip = (torch.rand(len(x)) < self.hflip).to(x.device)
-                x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-            yield (x.float() - self.mean) / self.std, self.targets[index]
+            batch = slice(start, start + self.batch_size)
+            x = self.images[order[batch]]
+            if shifts is not None:
+                x = shifted_crop(x, shifts[batch], self.padding)
+            if flips is not None:
+                x = torch.where(flips[batch, None, None, None], x.flip(-1), x)
+            yield (x.float() - self.mean) / self.std, self.targets[order[batch]]
 
 
-def random_crop(x: torch.Tensor, padding: int) -> torch.Tensor:
-    """Shift each image `[B, C, H, W]` by up to `padding` pixels in both directions, zeros moving in."""
+def shifted_crop(x: torch.Tensor, shifts: torch.Tensor, padding: int) -> torch.Tensor:
+    """Of each zero-padded image the part at its shift.
+
+    Args:
+        x: Images, `[B, C, H, W]`.
+        shifts: Rows and columns, `[B, 2]`, from 0 to `2 * padding`; `padding` leaves an image as it is.
+        padding: Zeros on every side, in pixels.
+    """
     b, c, h, w = x.shape
     padded = F.pad(x, (padding,) * 4)
-    shift = torch.randint(0, 2 * padding + 1, (2, b, 1)).to(x.device)
-    rows = shift[0] + torch.arange(h, device=x.device)  # [B, H]
-    cols = shift[1] + torch.arange(w, device=x.device)
+    rows = shifts[:, :1] + torch.arange(h, device=x.device)  # [B, H]
+    cols = shifts[:, 1:] + torch.arange(w, device=x.device)
     index = torch.arange(b, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[None, :, None, None]
     return padded[index + (rows[:, None, :, None], cols[:, None, None, :])]  # noqa: RUF005 (no star index in 3.10)
 
