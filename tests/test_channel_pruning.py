@@ -364,6 +364,33 @@ def test_a_grouped_layer_that_reads_a_concatenation_is_taken_whole_or_not_at_all
     assert {g[0].dep.target.module: is_consistent(g) for g in groups} == {model.a: False, model.b: False, model.c: True}
 
 
+def test_maps_between_pixels_are_not_listed_channel_by_channel(monkeypatch):
+    """Attention between pixels, whose maps a convolution mixes, as in EfficientFormerV2: millions of numbers there."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Conv2d(3, 8, 1) for _ in range(3))
+            self.mix, self.out = nn.Conv2d(2, 2, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            b, _, h, w = x.shape
+            q, k, v = (layer(x).reshape(b, 2, 4, h * w) for layer in (self.q, self.k, self.v))
+            maps = self.mix(q.transpose(2, 3) @ k).softmax(-1)
+            return self.out((maps @ v.transpose(2, 3)).transpose(2, 3).reshape(b, 8, h, w)).mean((2, 3))
+    listed = []
+    folding = tp.dependency.index_mapping._FlattenIndexMapping
+
+    def fold(self, idxs, original=folding.__call__):
+        listed.append(original(self, idxs))
+        return listed[-1]
+    monkeypatch.setattr(folding, '__call__', fold)
+    model = Net().eval()
+    groups, lost = channel_groups(build_graph(model, torch.randn(1, 3, 16, 16)), [model.out])
+    assert [g[0].dep.target.module for g in groups] == [model.v]
+    assert all('reshapes multiply them' in why for why in lost.values()) and {model.q, model.k} <= lost.keys()
+    assert max(map(len, listed)) < 128 < 16 * 16
+
+
 def test_models_that_cannot_be_pruned_say_why():
     with pytest.raises(LeanError, match='cannot trace'):
         prune_channels(model_of('resnet20_cifar'), torch.randn(1, 5, 32, 32))

@@ -115,7 +115,7 @@ def score(row: dict[str, Any]) -> float:
 
 
 def by_name(rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    """Rows of all seeds by name, in the order of their first appearance."""
+    """Rows of all seeds by name, in the order in which they come."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row['name']].append(row)
@@ -173,7 +173,7 @@ def compressions(question: int, rows: Rows, folder: Path) -> str:
                       folder / f'q{question}.png', 'AP (%)' if 'AP' in unit else 'top-1 (%)')
     after = [kind for kind in _AFTER if any(kind in kinds for kinds in ways.values())]
     lines = [['dense', '', *(size_cells(dense[0]) if dense else ['', '', '']), spread(dense), *[''] * (len(after) - 1)]]
-    for (technique, size), kinds in sorted(ways.items(), key=lambda item: item[0][0]):
+    for (technique, size), kinds in ways.items():
         first = next(iter(kinds.values()))[0]
         lines.append([technique, f'{size:g}', *size_cells(first), *(spread(kinds.get(kind, [])) for kind in after)])
     accuracies = table(
@@ -278,7 +278,11 @@ def write_page(runs: Sequence[Run], results: Path, output: Path) -> None:
     Raises:
         LeanError: There are no rows, or files that are no rows.
     """
-    rows: dict[int, Rows] = {question: read_rows(results / f'q{question}.jsonl') for question in QUESTIONS}
+    order = {run: place for place, run in enumerate(dict.fromkeys((run.question, run.name) for run in runs))}
+    rows: dict[int, Rows] = {
+        question: sorted(read_rows(results / f'q{question}.jsonl'),
+                         key=lambda row: (order.get((row['question'], row['name']), len(order)), row['seed']))
+        for question in QUESTIONS}
     if not any(rows.values()):
         raise LeanError(f'{results} holds no rows. Make some: python tools/experiments.py run --data-dir CIFAR10.')
     parts: dict[int, Callable[[int, Rows, Path], str]] = {2: compressions, 7: compressions, 8: compressions}
@@ -286,7 +290,7 @@ def write_page(runs: Sequence[Run], results: Path, output: Path) -> None:
     everything = [row for part in rows.values() for row in part]
     hardware = sorted({row['hardware'] for row in everything})
     dates = sorted({row['date'] for row in everything})
-    seen = f'{len(everything)} rows, {dates[0]} to {dates[-1]}, on {"; ".join(hardware)}.\n'
+    seen = f'{len(everything)} rows, {" to ".join(dict.fromkeys([dates[0], dates[-1]]))}, on {"; ".join(hardware)}.\n'
     earlier = results / 'earlier.md'
     jpeg = _JPEG if any(row['data'].startswith('JPEG') for row in everything) else ''
     with atomic_file(output) as temporary:

@@ -33,7 +33,6 @@ class DetectorSubject:
     """
     accuracy = 'AP'
     ranking_images = 8  # they are large
-    doubts = True  # AP looks at few places of an image, the error of the outputs at all
 
     def __init__(self, model: nn.Module, images: Sequence[torch.Tensor]):
         if getattr(model, 'cfg', None) is None or getattr(model, 'dataset_meta', None) is None:

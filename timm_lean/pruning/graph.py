@@ -258,9 +258,10 @@ def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[
             if not dep.is_triggered_by(before.handler):
                 continue
             idxs = arrived
-            for mapping in dep.index_mapping:
-                if mapping is not None:
-                    idxs = mapping(idxs)
+            for mapping in filter(None, dep.index_mapping):
+                if _folded(mapping, idxs) > _channels(graph, dep):  # millions, of attention maps: do not list them
+                    raise ValueError('reshapes multiply them')
+                idxs = mapping(idxs)
             if not idxs:
                 continue
             if dep.target in graph.unmapped:
@@ -279,6 +280,12 @@ def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[
         group.add_dep(dep, list(known))
         group[len(group) - 1].root_idxs = list(known.values())
     return group
+
+
+def _folded(mapping: Any, idxs: Sequence[Any]) -> int:
+    """How many channels there are at least behind a mapping that folds another dimension into them; else 0."""
+    stride = getattr(mapping, '_stride', 1)
+    return 0 if stride == 1 or mapping.reverse else stride * (1 + max((i.idx for i in idxs), default=-1))
 
 
 def _channels(graph: Any, dep: Dependency) -> int:

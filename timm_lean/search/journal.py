@@ -1,7 +1,6 @@
 """What a search has found, on disk at once: a kill loses one candidate at most."""
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,10 @@ class Journal:
             self.rows = {_key(Plan.from_dict(row['plan'])): row for row in there[1:]}
         self._write()
 
-    def get(self, plan: Plan) -> tuple[Plan, Sizes, float] | None:
-        """A candidate that was judged before, calibrated or not: its plan, sizes and score."""
+    def get(self, plan: Plan) -> tuple[Sizes, float] | None:
+        """A candidate that was judged before: its sizes and score."""
         row = self.rows.get(_key(plan))
-        return None if row is None else (Plan.from_dict(row['plan']), Sizes(**row['sizes']), row['score'])
+        return None if row is None else (Sizes(**row['sizes']), row['score'])
 
     def add(self, plan: Plan, sizes: Sizes, score: float, seconds: float) -> None:
         self.rows[_key(plan)] = {
@@ -89,4 +88,4 @@ def fingerprint(subject: Subject, images: list[torch.Tensor]) -> str:
 
 
 def _key(plan: Plan) -> str:
-    return json.dumps(replace(plan, calibrated=True).to_dict(), sort_keys=True)
+    return json.dumps(plan.to_dict(), sort_keys=True)

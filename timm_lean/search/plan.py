@@ -39,14 +39,12 @@ class Plan:
         share: Parameters after conversion to shared bases, as a share of those before; 1 for none.
         kernels: Share of the kernels to prune.
         int8: Store weights as int8.
-        calibrated: Calibrate after each technique.
     """
     blocks: tuple[str, ...] = ()
     channels: float = 0.
     share: float = 1.
     kernels: float = 0.
     int8: bool = False
-    calibrated: bool = True
 
     def make(self, model: nn.Module, subject: Subject, images: Iterable[Any] | None = None) -> nn.Module:
         """The compressed network.
@@ -60,7 +58,6 @@ class Plan:
             LeanError: A technique refuses.
         """
         # blocks are found by what a network computes, channels by its layers' own filters, kernels are those of bases
-        images = images if self.calibrated else None
         with _quiet():
             if self.blocks:
                 model = subject.apply(remove_blocks, model, blocks=self.blocks, calibration=images)
@@ -100,8 +97,6 @@ class Plan:
             parts.append(f'{100 * self.kernels:.3g} % of the kernels pruned')
         if self.int8:
             parts.append('weights stored as int8')
-        if not self.calibrated:
-            parts.append('not calibrated')
         return ', '.join(parts) or 'as it is'
 
 

@@ -8,7 +8,6 @@ which the curves promise most (`curves`); then the neighbours of the best.
 import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,27 +226,16 @@ class _Search:
             if noted is None and not self._late:
                 start = time.monotonic()
                 try:
-                    chosen, network, score = self._make(plan)
+                    network = plan.make(self.model, self.subject, self.images)
                 except LeanError:
                     return None
-                noted = chosen, self.space.measure(network, chosen), score
-                self.journal.add(*noted, time.monotonic() - start)
-                self.networks[chosen] = network
+                noted = self.space.measure(network, plan), self.judge(network)
+                self.journal.add(plan, *noted, time.monotonic() - start)
+                self.networks[plan] = network
             if noted is not None:
-                self.found[plan] = Candidate(*noted)
+                self.found[plan] = Candidate(plan, *noted)
                 self._note(self.found[plan], amounts)
         return self.found.get(plan)
-
-    def _make(self, plan: Plan) -> tuple[Plan, nn.Module, float]:
-        """A candidate and its score; with and without calibration, where that may do harm, the better of the two."""
-        plans = [plan]
-        if self.subject.doubts:
-            plans.append(replace(plan, calibrated=False))
-        made = []
-        for each in plans:
-            network = each.make(self.model, self.subject, self.images)
-            made.append((each, network, self.judge(network)))
-        return max(made, key=lambda candidate: candidate[2])  # of equals the first
 
     def _note(self, candidate: Candidate, amounts: Mapping[str, float]) -> None:
         self.ways[candidate.plan] = dict(amounts)
@@ -263,7 +251,7 @@ class _Search:
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
         plan = candidate.plan
         trained = finetune(copy.deepcopy(self._network(candidate))).eval()
-        network = plan.stored(trained, self.subject, self.images if plan.calibrated else None)
+        network = plan.stored(trained, self.subject, self.images)
         tuned = Candidate(plan, self.space.measure(network, plan), self.judge(network), tuned=True)
         self.tuned[plan] = network
         return tuned

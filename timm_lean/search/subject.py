@@ -29,14 +29,11 @@ class Subject(Protocol):
         x: `[1, C, H, W]` on its device: an image of the size that costs are measured at.
         accuracy: What the user's measure is called.
         ranking_images: So many images rank the blocks.
-        doubts: Whether a lower error of the outputs may still be a worse network, so that candidates are judged without
-            calibration as well.
     """
     model: nn.Module
     x: torch.Tensor
     accuracy: str
     ranking_images: int
-    doubts: bool
 
     def apply(self, verb: Callable[..., nn.Module], model: nn.Module, **options: Any) -> nn.Module:
         """`verb(model, **options)`: a new network."""
@@ -69,7 +66,6 @@ class Network:
     """
     accuracy = 'accuracy'
     ranking_images = 64
-    doubts = False
 
     def __init__(self, model: nn.Module, images: Sequence[torch.Tensor]):
         self.model = model
