@@ -15,12 +15,14 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
 N ?= 1000
 
-.PHONY: demo docs test test-all test-fast test-versions fuzz lint format clean
+.PHONY: demo docs test test-all test-fast test-versions fuzz lint style types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/timm-lean demo
 
-test: lint test-fast
+# mypy takes one core for half a minute, so the tests run beside it.
+test: style
+	$(MAKE) --jobs 2 types test-fast
 
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
@@ -43,8 +45,12 @@ docs: $(VENV)/.installed
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	$(BIN)/mkdocs build --quiet
 
-lint: $(VENV)/.installed-dev
+lint: style types
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
