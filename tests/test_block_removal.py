@@ -6,7 +6,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, load_model, save_model
-from timm_lean.pruning import prune_channels, remove_blocks
+from timm_lean.pruning import blocks, prune_channels, remove_blocks
 from timm_lean.pruning.blocks import find_blocks
 
 X = nn.functional.interpolate(torch.randn(24, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=32)
@@ -51,6 +51,18 @@ def test_the_block_that_does_nothing_goes_first_and_calibration_helps():
     held = X[3::4]
     assert error(new, original, held) < error(plain, original, held)
     assert isinstance(plain.layer2[1], nn.Identity) and not isinstance(original.layer2[1], nn.Identity)
+
+
+def test_processes_with_images_of_their_own_rank_as_one_with_all(monkeypatch):
+    model = timm.create_model('resnet20_cifar').eval()
+    names, images, own = find_blocks(model, torch.zeros(1, 3, 32, 32)), torch.randn(12, 3, 32, 32), []
+    whole = blocks._effects(model, model, names, images)
+    monkeypatch.setattr(blocks, 'all_reduce', lambda tensors: own.append(tensors[0].clone()))
+    blocks._effects(model, model, names, images[:4])
+    monkeypatch.setattr(blocks, 'all_reduce', lambda tensors: tensors[0].add_(own[0]))
+    for (name, *ours), (expected, *theirs) in zip(
+            blocks._effects(model, model, names, images[4:]), whole, strict=True):
+        assert name == expected and ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_checkpoint_rebuilds_it(tmp_path):

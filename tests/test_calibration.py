@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import randomize_batchnorm
 
 from timm_lean import LeanError, share
-from timm_lean.calibration import Calibration, calibrate, insert_norms, output_scores
+from timm_lean.calibration import Calibration, calibrate, input_covariances, insert_norms, output_errors, output_scores
 from timm_lean.calibration.layers import LinearMap
 from timm_lean.calibration.walk import Survey, Walk, hooked
 from timm_lean.layers import FilterBasis
@@ -301,6 +301,21 @@ def test_too_little_memory(images, monkeypatch):
     monkeypatch.setattr(LinearMap, 'inputs', full)
     with pytest.raises(LeanError, match=r'memory_limit=1\.4e\+09 bytes.*lower it'):
         calibrate(pruned(original), original, [images])
+
+
+@pytest.mark.parametrize('verb', [
+    lambda model, images: output_errors([model], model, images),
+    lambda model, images: list(input_covariances(model, ['conv1'], images)),
+    lambda model, images: insert_norms(model, ['bn1'], images),
+    lambda model, images: calibrate(pruned(model), model, images)])
+def test_too_little_memory_for_a_forward_pass(images, monkeypatch, verb):
+    model = network()
+
+    def full(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    model.conv1.register_forward_pre_hook(full)
+    with pytest.raises(LeanError, match=r'ran out of memory with memory_limit=1\.4e\+09 bytes'):
+        verb(model, [images])
 
 
 class Tied(nn.Module):

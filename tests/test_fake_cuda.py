@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_lean import mmcv_ext
+from timm_lean.calibration import outputs
 from timm_lean.calibration.images import pick_positions
 from timm_lean.calibration.layers import linear_map, rows_of
 from timm_lean.calibration.moments import HeldOut, Moments
@@ -106,6 +107,17 @@ def test_cached_batches_stay_on_the_device(waits):
     loader.rank, loader.world = 0, 1
     devices = {tensor.device.type for batch in loader for tensor in batch}
     assert devices == {'cuda'} and waits.count == 0
+
+
+def test_output_errors_are_summed_on_the_device(waits, monkeypatch):
+    """NCCL joins what lies on GPUs only."""
+    places = []
+    monkeypatch.setattr(outputs, 'all_reduce', lambda tensors: places.extend(t.device.type for t in tensors))
+    chunk = SimpleNamespace(part=lambda held: SimpleNamespace(run=lambda network: network(torch.randn(4, 3, 32, 32))))
+    with torch.no_grad():
+        held, made = outputs.HeldOutputs(small().eval(), [chunk] * 3), waits.count
+        held.error(small().eval())
+    assert places == ['cuda'] and waits.count == made + 1
 
 
 def test_mixing_loss_and_accuracy_do_not_wait(waits):

@@ -26,6 +26,7 @@ from mmdet_support import (
     predictions_of,
     scenes_config,
 )
+from mmengine.config import Config
 from mmengine.visualization import Visualizer
 from PIL import Image
 
@@ -42,7 +43,7 @@ from timm_lean.mmdet.__main__ import main
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector, write_detector
 from timm_lean.mmdet.own_data import set_classes, settle_data
-from timm_lean.mmdet.settings import parse_config
+from timm_lean.mmdet.settings import dump_config, parse_config
 from timm_lean.mmdet.weights import detector_header
 from timm_lean.pruning import kernel_report
 from timm_lean_cli import detectors
@@ -343,6 +344,15 @@ def test_data_checks_look_into_wrappers(tmp_path):
     with pytest.raises(LeanError, match=r'train\.json of the train dataset does not exist'):
         check_data(cfg, ['train'])
     assert detectors._message(ValueError('class LeanError: what it is')) == 'what it is'
+
+
+def test_config_text_holds_what_mmengines_own_does():
+    cfg = Config(open_config(BCCD).to_dict())
+    cfg.odd = {'c d': (1, None, True), 'e': float('inf'), 3: {'b', 'a'}, 'long': ['x' * 30] * 9, 'text': 'a\nb"\'' * 40}
+    ours = parse_config(dump_config(cfg))
+    assert ours.to_dict() == cfg.to_dict() and dump_config(ours) == dump_config(cfg)
+    cfg.pop('odd')
+    assert parse_config(dump_config(cfg)).to_dict() == parse_config(cfg.pretty_text).to_dict()
 
 
 def test_config_text_keeps_tuples_and_refuses_code(tmp_path):

@@ -15,6 +15,7 @@ from timm_lean.errors import LeanError
 
 from .fleet import fleet, survey
 from .images import Chunk, load_chunks
+from .memory import memory_told
 from .moments import all_reduce
 from .settings import Calibration
 from .walk import evaluation
@@ -59,8 +60,8 @@ def insert_norms(model: nn.Module, names: Sequence[str], calibration: Calibratio
     Raises:
         LeanError: As `load_chunks`, or batches of too few images for a batch norm.
     """
-    copy = deepcopy(model)
-    with evaluation(copy):
+    copy, setting = deepcopy(model), Calibration.of(calibration)
+    with memory_told(setting.memory_limit), evaluation(copy):
         for module in copy.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
@@ -68,7 +69,7 @@ def insert_norms(model: nn.Module, names: Sequence[str], calibration: Calibratio
             norm: Any = copy.get_submodule(name).eval()
             norm.weight.fill_((1 + norm.eps) ** 0.5)  # with mean 0 and variance 1 it passes everything on
         try:
-            measured = list(_measure(copy, names, load_chunks(Calibration.of(calibration))))
+            measured = list(_measure(copy, names, load_chunks(setting)))
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e):
                 raise

@@ -17,6 +17,7 @@ from .fleet import Fleet, Ship, fleet, survey
 from .groups import BasisGroup, find_groups
 from .images import Chunk, load_chunks, of_samples, pick_positions
 from .layers import LinearMap, is_layer, linear_map, rows_of, unfolded
+from .memory import is_out_of_memory, memory_told
 from .moments import HeldOut, Moments, is_distributed
 from .origin import check_origin
 from .outputs import HeldOutputs
@@ -59,14 +60,8 @@ def calibrate(
     setting = Calibration.of(batches, **options)
     chunks = load_chunks(setting)
     new = deepcopy(model)
-    try:
-        with evaluation(original, new):
-            _Fit(new, original, chunks, dict(kept or {}), setting).run()
-    except (RuntimeError, MemoryError) as e:  # torch's errors of both kinds of memory are RuntimeErrors
-        if isinstance(e, MemoryError) or any(text in str(e) for text in ('out of memory', "can't allocate memory")):
-            raise LeanError(f'Calibration ran out of memory with memory_limit={setting.memory_limit:g} bytes for '
-                            'activations: lower it, or give fewer images.') from e
-        raise
+    with memory_told(setting.memory_limit), evaluation(original, new):
+        _Fit(new, original, chunks, dict(kept or {}), setting).run()
     return new
 
 
@@ -92,6 +87,8 @@ class _Fit:
         except LeanError:
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
+            if is_out_of_memory(e):
+                raise
             what = ('calibration batches, run by forward=' if setting.forward is not None else
                     f'calibration images {str(sorted({tuple(chunk.batch.shape[1:]) for chunk in chunks}))[1:-1]}')
             raise LeanError(f'{type(new).__name__} does not take the {what}: '

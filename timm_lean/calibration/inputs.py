@@ -15,6 +15,7 @@ from timm_lean.errors import LeanError
 from .fleet import fleet, survey
 from .images import load_chunks, pick_positions
 from .layers import is_layer, rows_of, unfolded
+from .memory import memory_told
 from .moments import all_reduce
 from .settings import Calibration
 from .walk import evaluation
@@ -43,7 +44,7 @@ def input_covariances(
     setting = Calibration.of(calibration, **options)
     chunks = load_chunks(setting)
     device = next(model.parameters()).device
-    with evaluation(model):
+    with memory_told(setting.memory_limit), evaluation(model):
         met = survey(model, names, chunks)
         left = dict(met.counts)
         sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}

@@ -230,7 +230,8 @@ def is_distributed() -> bool:
 def all_reduce(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Sum tensors over the processes of a distributed run in place, all in one message; returns the last of them."""
     if is_distributed():
-        flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
+        device = torch.device('cuda') if dist.get_backend() == 'nccl' else tensors[0].device
+        flat = torch.cat([t.flatten().to(device) for t in tensors])
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from timm_lean.errors import LeanError
 
 from .images import Chunk, load_chunks
+from .memory import memory_told
 from .moments import all_reduce
 from .settings import Calibration
 from .walk import evaluation
@@ -41,13 +42,14 @@ class HeldOutputs:
 
     def error(self, network: nn.Module) -> float:
         """Relative error of a network in eval mode; of several outputs the root of the mean square."""
-        sums = torch.zeros(2, max(map(len, self.truth), default=1), dtype=torch.float64)
+        device = next(network.parameters()).device
+        sums = torch.zeros(2, max(map(len, self.truth), default=1), dtype=torch.float64, device=device)
         for outputs, truth in zip(self._outputs(network), self.truth, strict=True):
             if [a.shape for a in outputs] != [b.shape for b in truth]:
                 raise LeanError('The outputs of the two networks for the same images differ in number or shape: the '
                                 'original is another network, or forward= chooses boxes, where it must return all.')
             for index, (a, b) in enumerate(zip(outputs, truth, strict=True)):
-                sums[:, index] += torch.stack([(a.double() - b).square().sum(), b.double().square().sum()]).cpu()
+                sums[:, index] += torch.stack([(a.double() - b).square().sum(), b.double().square().sum()])
         all_reduce([sums])
         return float((sums[0] / sums[1].clamp_min(1e-30)).mean().sqrt())
 
@@ -62,6 +64,7 @@ def output_errors(
         original: The network that they were made from.
         batches: As `calibrate` takes them.
     """
-    with evaluation(original, *networks):
-        held = HeldOutputs(original, load_chunks(Calibration.of(batches)))
+    setting = Calibration.of(batches)
+    with memory_told(setting.memory_limit), evaluation(original, *networks):
+        held = HeldOutputs(original, load_chunks(setting))
         return [held.error(network) for network in networks]

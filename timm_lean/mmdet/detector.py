@@ -29,7 +29,7 @@ from timm_lean.errors import CheckpointError, LeanError
 from .adopt import adopt_structure
 from .backbone import TimmBackbone
 from .channels import resolve_channels
-from .settings import open_config, parse_config
+from .settings import dump_config, open_config, parse_config
 from .skeleton import check_work, misfit, tied_names
 from .structure import set_steps
 from .trust import check_config, registered_only
@@ -55,7 +55,7 @@ def describe(cfg: Config, model: nn.Module, metainfo: Mapping[str, Any]) -> dict
     backbone = getattr(model, 'backbone', None)
     return {
         'format': format_version(cfg),
-        'config': cfg.pretty_text,
+        'config': dump_config(cfg),
         'backbone': asdict(backbone.recipe) if isinstance(backbone, TimmBackbone) else None,
         'metainfo': {k: metainfo[k] for k in ('classes', 'palette') if k in metainfo},
     }
@@ -106,7 +106,7 @@ def export_detector(
     model: Any = open_detector(checkpoint, config, trust_imports=trust_imports)
     header = describe(model.cfg, model, model.dataset_meta)
     with atomic_dir(out_dir) as temporary:
-        (temporary / CONFIG_FILE).write_text(header['config'])
+        (temporary / CONFIG_FILE).write_text(parse_config(header['config']).pretty_text)  # for people to edit
         save_detector(model, temporary / WEIGHTS_FILE, header, weights)
     return Path(out_dir)
 

@@ -1,10 +1,11 @@
-"""Detector configs as data: read back what MMEngine writes, without running it.
+"""Detector configs as data: written as assignments of literals, and read back without running them.
 
-A dumped config (`Config.pretty_text`) consists of assignments of literals and `dict(...)`. Reading it as such keeps
-tuples, which JSON would lose, and runs no code of a file somebody else made.
+A dumped config, ours or `Config.pretty_text`, consists of assignments of literals and `dict(...)`. Reading it as such
+keeps tuples, which JSON would lose, and runs no code of a file somebody else made.
 """
 import ast
 import math
+import pprint
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,16 @@ from timm_lean.errors import CheckpointError, LeanError
 
 from .configs import PREFIX, config_file
 
-__all__ = ['open_config', 'parse_config', 'set_data_root']
+__all__ = ['dump_config', 'open_config', 'parse_config', 'set_data_root']
 
 _NAMES = {'inf': math.inf, 'nan': math.nan}
 _MAX_TEXT = 1_000_000  # characters; MMDetection's largest config has 17,520
+
+
+def dump_config(cfg: Config) -> str:
+    """A config as text that `parse_config` reads; `Config.pretty_text` reads better but takes a second."""
+    values = sorted(cfg.to_dict().items())
+    return ''.join(f'{name} = {pprint.pformat(value, width=120, compact=True)}\n' for name, value in values)
 
 
 def parse_config(text: str, source: str = 'config') -> Config:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from timm_lean.calibration import Calibration, calibrate
+from timm_lean.calibration.moments import all_reduce
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import LeanReport, hand_over
@@ -268,28 +269,32 @@ def _effects(
         new: nn.Module, original: nn.Module, names: list[str], images: torch.Tensor,
 ) -> list[tuple[str, float, float]]:
     """Each block's name, the relative error of the output without it, and how much it changes its input."""
-    changes: dict[str, float] = {}
+    # of each block: the squares of the error and of the output, of the change and of the input
+    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=images.device)
 
-    def measure(name: str) -> Any:
+    def measure(index: int) -> Any:
         def hook(module: nn.Module, args: Any, out: torch.Tensor) -> None:
-            changes[name] = float((out - args[0]).norm() / args[0].norm().clamp_min(1e-30))
+            sums[index, 2:] += torch.stack([squares(out - args[0]), squares(args[0])])
         return hook
+
+    def squares(x: torch.Tensor) -> torch.Tensor:
+        return x.double().square().sum()
 
     def outputs(network: nn.Module) -> torch.Tensor:
         return torch.cat([tensor.flatten() for tensor in tree_leaves(network(images))])
 
     truth = outputs(copy.deepcopy(original).eval())
     trial = copy.deepcopy(new).eval()
-    handles = [trial.get_submodule(name).register_forward_hook(measure(name)) for name in names]
+    handles = [trial.get_submodule(name).register_forward_hook(measure(index)) for index, name in enumerate(names)]
     trial(images)
     for handle in handles:
         handle.remove()
-    effects = []
-    for name in names:
+    for index, name in enumerate(names):
         block = trial.get_submodule(name)
         _remove(trial, [name])
-        error = float((outputs(trial) - truth).norm() / truth.norm().clamp_min(1e-30))
-        effects.append((name, error, changes[name]))
+        sums[index, :2] += torch.stack([squares(outputs(trial) - truth), squares(truth)])
         parent, _, leaf = name.rpartition('.')
         setattr(trial.get_submodule(parent), leaf, block)
-    return effects
+    all_reduce([sums])  # every process removes the same blocks
+    errors, changes = (sums[:, [0, 2]] / sums[:, [1, 3]].clamp_min(1e-60)).sqrt().T.tolist()
+    return list(zip(names, errors, changes, strict=True))
