@@ -224,6 +224,42 @@ def test_out_of_reach_is_told_with_what_is_in_reach(model, images, quick):
         compress(model, 'latency=0.5', images, evaluate=by_params, techniques=['kernels'])
 
 
+def test_out_of_reach_gives_the_nearest_where_that_will_do(model, images, quick):
+    options = dict(evaluate=by_params, techniques=['share', 'channels'], nearest=True)
+    new = compress(model, 'params=0.001', images, **options)
+    report = new.lean_report
+    assert not report.met and report.chosen.sizes.params == min(c.sizes.params for c in report.candidates)
+    whole = by_params(model)
+    within = compress(model, 'params=0.001', images, max_drop=0.3 * whole, **options).lean_report
+    assert not within.met and 0.7 * whole <= within.chosen.score < whole
+
+
+def test_a_resumed_search_for_another_quantity_measures_it(model, images, quick, tmp_path):
+    options = dict(evaluate=by_params, techniques=['channels'], folder=tmp_path)
+    compress(model, 'params=0.6', images, **options)
+    sizes = compress(model, {'params': 0.6, 'latency': '9s'}, images, resume=True, **options).lean_report.chosen.sizes
+    assert sizes.latency > 0
+
+
+def test_scores_of_another_measure_are_not_gone_on_with(model, images, quick, tmp_path):
+    options = dict(techniques=['share'], folder=tmp_path)
+    compress(model, 'params=0.6', images, evaluate=by_params, **options)
+    with pytest.raises(LeanError, match='another measure'):
+        compress(model, 'params=0.6', images, evaluate=lambda model: by_params(model) / 2, resume=True, **options)
+
+
+@pytest.mark.parametrize('name, of_use', [('mobilenetv2_035', True), ('resnet20_cifar', False)])
+def test_sharing_is_used_for_macs_where_it_changes_them(name, of_use, images):
+    """1 x 1 convolutions get cheaper, 3 x 3 ones are computed from the composed filters."""
+    network = timm.create_model(name, num_classes=10).eval()
+    table, refused = reachable(network, 'macs=0.5', images, techniques=['share', 'channels'])
+    assert ('share' in table) == of_use == ('share' not in refused)
+    if of_use:
+        assert table['share']['macs'] < 0.9
+    else:
+        assert refused['share'] == 'it hardly changes macs of this network'
+
+
 def test_fine_tuning_decides_between_the_best(model, images, quick):
     tuned = []
 

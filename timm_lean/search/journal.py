@@ -42,8 +42,8 @@ class Journal:
             raise LeanError(f'{self.path} holds an unfinished search: go on with it by resume, or remove it.')
         if there and resume:
             if there[0].get('search') != key:
-                raise LeanError(f'{self.path} is of another network or other images; a search goes on only with the '
-                                'same. Name another folder, or start anew without resume.')
+                raise LeanError(f'{self.path} is of another network, other images or another measure; a search goes on '
+                                'only with the same. Name another folder, or start anew without resume.')
             self.rows = {_key(Plan.from_dict(row['plan'])): row for row in there[1:]}
         self._write()
 
@@ -79,9 +79,9 @@ class Journal:
                 temporary.write_text(''.join(json.dumps(row) + '\n' for row in (self._head, *self.rows.values())))
 
 
-def fingerprint(subject: Subject, images: list[torch.Tensor]) -> str:
-    """What a search's candidates hold for: structure, weights, images."""
-    digest = hashlib.sha256(subject.structure().encode())
+def fingerprint(subject: Subject, images: list[torch.Tensor], judge: str) -> str:
+    """What a search's candidates hold for: structure, weights, images, and what judges them."""
+    digest = hashlib.sha256((subject.structure() + judge).encode())
     for tensor in [*subject.model.state_dict().values(), *images]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -41,6 +41,11 @@ class Judge:
             return self._subject.accuracy
         return 'agreement' if self.classifies else 'likeness of the output'
 
+    @property
+    def says(self) -> str:
+        """What the original scores: two measures, or images to judge by, that differ tell it differently."""
+        return f'{self.name} {self.reference:.4f}'
+
     def __call__(self, model: nn.Module) -> float:
         if self._evaluate:
             score = self._evaluate(model)

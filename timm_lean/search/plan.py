@@ -17,11 +17,12 @@ __all__ = ['HELPS', 'TECHNIQUES', 'Plan']
 
 TECHNIQUES = ('blocks', 'channels', 'share', 'kernels', 'int8')
 # What a technique can make smaller. Zero kernels are still computed with and still parameters, only the file leaves
-# them out; a shared basis is multiplied out before a k x k convolution, so that its time stays.
+# them out. A shared basis is multiplied out before a k x k convolution, so that its time stays; 1 x 1 convolutions and
+# linear layers get cheaper (`Space` measures which it is).
 HELPS = {
     'blocks': ('params', 'macs', 'file', 'latency'),
     'channels': ('params', 'macs', 'file', 'latency'),
-    'share': ('params', 'file'),
+    'share': ('params', 'macs', 'file', 'latency'),
     'kernels': ('file',),
     'int8': ('file',),
 }

@@ -114,13 +114,13 @@ class _Search:
         self.model = copy.deepcopy(unwrap_model(model)).eval()
         self.images, held = split_images(batches, judging=evaluate is None)
         self.subject = subject_of(self.model, self.images)
-        self.journal = Journal(folder, fingerprint(self.subject, [*self.images, *held]), resume)
         try:
             self.judge = Judge(self.subject, evaluate, held)
         except (RuntimeError, ValueError, TypeError, AssertionError) as e:
             raise LeanError(f'{type(self.model).__name__} cannot be judged on images '
                             f'{list(self.images[0].shape[1:])}: '
                             f'{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}') from e
+        self.journal = Journal(folder, fingerprint(self.subject, [*self.images, *held], self.judge.says), resume)
         same = [x for x in self.images if x.shape[1:] == self.images[0].shape[1:]]
         ranking = torch.cat(same)[:self.subject.ranking_images].to(self.subject.x.device)
         self.space = Space(self.subject, ranking, techniques, self.targets)
@@ -150,11 +150,14 @@ class _Search:
                                   + '; '.join(f'{name}: {why}' for name, why in self.space.refused.items()))
             self._single_techniques()
             self._mixes()
-            best = self._best([c for c in self.found.values() if self._met(c)])
+            best = self._sorted([c for c in self.found.values() if self._met(c)])
+            if not best:
+                candidate = self._without_any(nearest)
+                return self._finish(candidate, self._network(candidate))
             tuned = []
             if finetune is not None:
                 tuned = [self._tune(c, finetune) for c in best[:_TUNED]]
-                best = self._best([*tuned, *best])
+                best = self._sorted([*tuned, *best])
             if not self._allowed(best[0]):
                 best = [self._nearest(best[0], nearest)]
         return self._finish(best[0], self._network(best[0]), tuned)
@@ -218,12 +221,14 @@ class _Search:
                     curve[amount] = sizes[target.quantity] / self.original.sizes[target.quantity]
         return [Curve(curve) for curve in points]
 
-    def _try(self, amounts: Mapping[str, float]) -> Candidate | None:
+    def _try(self, amounts: Mapping[str, float], even_late: bool = False) -> Candidate | None:
         """Make, calibrate and judge a network; None if the time is over or a technique refuses."""
         plan = self.space.plan(amounts)
         if plan != Plan() and plan not in self.found:
             noted = self.journal.get(plan)
-            if noted is None and not self._late:
+            if noted is not None and not noted[0].hold(self.space.quantities):  # of a search for something else
+                noted = None
+            if noted is None and (even_late or not self._late):
                 start = time.monotonic()
                 try:
                     network = plan.make(self.model, self.subject, self.images)
@@ -268,9 +273,10 @@ class _Search:
         """The best first; of equally good ones the smaller."""
         return sorted(candidates, key=lambda c: (-c.score, self.space.excess(c.sizes)))
 
-    def _best(self, met: list[Candidate]) -> list[Candidate]:
-        if met:
-            return self._sorted(met)
+    def _without_any(self, wanted: bool) -> Candidate:
+        """Where no network meets the targets: the nearest one, if that will do."""
+        if wanted and self.found:
+            return self._nearest_of(min(self.found.values(), key=lambda c: self.space.excess(c.sizes)))
         if self._late:
             raise LeanError(f'minutes={self.minutes:g} was too short: {len(self.found)} networks were judged by then, '
                             f'and none of them meets {self._wish}. Give more minutes or fewer images.')
@@ -279,13 +285,19 @@ class _Search:
         raise TargetError(f'{self._wish} is out of reach. The smallest shares: '
                           + '; '.join(f'{name}: {text}' for name, text in smallest.items()))
 
-    def _nearest(self, best: Candidate, wanted: bool) -> Candidate:
-        """The network within `max_drop` that comes nearest to the targets."""
-        way = self.ways[best.plan]
-        for factor in _BACK:
-            self._try(scaled(way, factor))
+    def _nearest_of(self, best: Candidate) -> Candidate:
+        """This network if it is within `max_drop`, else what comes nearest to the targets on the way to it."""
+        if not self._allowed(best):
+            for factor in _BACK:
+                if self._late and any(map(self._allowed, self.found.values())):
+                    break
+                self._try(scaled(self.ways[best.plan], factor), even_late=True)
         allowed = [c for c in (self.original, *self.found.values()) if self._allowed(c)]
-        candidate = min(allowed, key=lambda c: self.space.excess(c.sizes))
+        return min(allowed, key=lambda c: self.space.excess(c.sizes))
+
+    def _nearest(self, best: Candidate, wanted: bool) -> Candidate:
+        """The network within `max_drop` that comes nearest to the targets, instead of one that costs too much."""
+        candidate = self._nearest_of(best)
         lost = self.original.score - best.score
         report = self._report(candidate, []).summary
         if wanted:

@@ -39,6 +39,10 @@ class Sizes:
         assert value is not None, quantity
         return value
 
+    def hold(self, quantities: Collection[str]) -> bool:
+        """Whether all these were measured."""
+        return all(getattr(self, quantity) is not None for quantity in quantities)
+
 
 def measure_sizes(
         model: nn.Module,

@@ -27,6 +27,7 @@ _ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured b
 _STEPS = 6  # into an interval of amounts
 _EDGE = 0.15  # of the interval that each step takes off at least
 _LEAST = 2. ** -7
+_HARDLY = 0.97  # of a quantity is left by half of a technique: it is of no use
 _AIM, _CLOSE = 0.99, 0.96  # of a limit: calibration may still change a size a little; and near enough
 
 
@@ -78,7 +79,11 @@ class Space:
             new = plan.make(self.model, self.subject)
         except LeanError as e:
             return str(e)
-        self._sizes[plan] = self._measure(new, plan, self.quantities)
+        sizes = self._sizes[plan] = self._measure(new, plan, {*self.quantities, 'macs'})
+        # what a time is worth before it is measured well: its multiply-accumulates
+        costs = {'macs' if quantity == 'latency' else quantity for quantity in self.quantities}
+        if name == 'share' and all(sizes[cost] > _HARDLY * self.original[cost] for cost in costs):
+            return f'it hardly changes {" or ".join(sorted(self.quantities))} of this network'
         return ''
 
     def plan(self, amounts: Mapping[str, float]) -> Plan:
