@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from timm_lean import save_model
+from timm_lean import compress, save_model
+from timm_lean.export.rounding import round_weights
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -40,6 +42,21 @@ def test_the_smallest_ratio_that_meets_a_target(bench):
     found = bench.smallest(make, lambda result: result[1]['size'] <= 0.4)
     assert 0.4 - found[1]['size'] == pytest.approx(0., abs=0.98 / 2 ** 9) and found[1]['size'] <= 0.4
     assert bench.smallest(make, lambda result: False) is None
+
+
+def test_what_is_stored_as_int8_is_rounded_again_after_training(bench):
+    torch.manual_seed(0)
+    model = timm.create_model('lean_resnet', layers=(2, 2), widths=(8, 16), num_classes=2).eval()
+    images = [torch.randn(64, 3, 8, 8) for _ in range(2)]
+    case = bench.Bench.__new__(bench.Bench)
+    case.args, case.batches = SimpleNamespace(seed=0, agreement=False), images
+    case.train = torch.cat(images), torch.arange(128) % 2
+    for technique in ('int8', 'share'):
+        new = compress(model, 'file=0.9', images, techniques=[technique])
+        tuned = case.finetune(new, 1)
+        again = round_weights(tuned)
+        equal = all(torch.equal(a, b) for a, b in zip(tuned.parameters(), again.parameters(), strict=True))
+        assert equal == (technique == 'int8') and not torch.equal(tuned(images[0]), new(images[0]))
 
 
 @pytest.mark.slow

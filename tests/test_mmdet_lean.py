@@ -86,6 +86,14 @@ def test_every_way_to_build_it_follows_the_config(pruned, folder, tmp_path):
         lean_detector(ways[0], prune_kernels, amount=0.5)
 
 
+@pytest.mark.parametrize('meta', [
+    {'CLASSES': tuple('0123456789'), 'epoch': 12}, {'dataset_meta': {'CLASSES': tuple('0123456789')}}])
+def test_class_names_of_old_and_new_model_zoo_files(folder, tmp_path, meta):
+    state = torch.load(folder / 'zoo.pth', weights_only=True)['state_dict']
+    torch.save({'state_dict': state, 'meta': meta}, tmp_path / 'zoo.pth')
+    assert open_detector(tmp_path / 'zoo.pth', folder / 'config.py').dataset_meta['classes'] == tuple('0123456789')
+
+
 @pytest.mark.slow
 def test_the_tools_train_on_and_test_from_the_config_of_the_whole(pruned, folder, tmp_path):
     options = ['--work-dir', str(tmp_path), '--cfg-options']

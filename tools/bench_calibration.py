@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pruned = share(model, params=0.8) if args.technique == 'share' else prune_kernels(model, amount=0.5)
     noise = torch.randn(args.images, 3, max(args.img_size // 8, 1), max(args.img_size // 8, 1))
     batches = torch.nn.functional.interpolate(noise, size=args.img_size, mode='bilinear').split(args.batch_size)
+    limit = {} if args.memory_limit is None else {'memory_limit': args.memory_limit}
     times = []
     for work in (lambda: forward(model, pruned, batches, device),
-                 lambda: calibrate(pruned, model, batches, reestimate_bn=args.bn, memory_limit=args.memory_limit)):
+                 lambda: calibrate(pruned, model, batches, **limit)):
         synchronize(device)
         start, cpu = time.perf_counter(), time.process_time()
         with PeakMemory(device) as memory:
@@ -106,8 +107,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--images', type=int, default=512)
     p.add_argument('--img-size', type=int, default=224)
     p.add_argument('--batch-size', type=int, default=32)
-    p.add_argument('--memory-limit', type=float, default=2e9)
-    p.add_argument('--bn', action='store_true', help='also measure the batch norms anew')
+    p.add_argument('--memory-limit', type=float, metavar='BYTES', help="for activations (default: the library's)")
     p.add_argument('--device', default='cpu')
     p.add_argument('--json', metavar='FILE', help='also write the figures to this file')
     return p

@@ -38,6 +38,7 @@ from torch.nn.utils import prune
 import timm_lean
 from timm_lean import load_model
 from timm_lean.checkpoint.files import atomic_file
+from timm_lean.export.rounding import round_weights
 from timm_lean.measure import count_macs, count_params, human_bytes, human_count
 from timm_lean.measure.counts import macs_by_module
 from timm_lean.measure.pictures import COLORS, REFERENCE, check_picture, new_figure, save_figure
@@ -139,7 +140,10 @@ class Bench:
         return model, sparse_sizes(model, self.x), f'amount={amount:.3f}'
 
     def finetune(self, model: nn.Module, epochs: int) -> nn.Module:
-        """SGD over the training images in memory, learning rate from 0.01 to 0, flips; zero weights stay zero."""
+        """SGD over the training images in memory, learning rate from 0.01 to 0, flips; zero weights stay zero.
+
+        A network that `compress` stores as int8 is rounded again.
+        """
         torch.manual_seed(self.args.seed)
         model = copy.deepcopy(model).train()
         x, y = self.train
@@ -161,7 +165,8 @@ class Bench:
             with torch.no_grad():
                 for p, mask in masks:
                     p.mul_(mask)
-        return model.eval()
+        rounded = getattr(getattr(model, 'lean_report', None), 'weights', 'float') == 'int8'
+        return round_weights(model.eval(), calibration=self.batches) if rounded else model.eval()
 
 
 @torch.no_grad()

@@ -138,7 +138,9 @@ def open_detector(
     weights = Path(source) / WEIGHTS_FILE if Path(source).is_dir() else Path(source)
     adopt_structure(cfg, weights)
     model: Any = build_detector(cfg)
-    metainfo = load_strictly(model, weights).get('meta', {}).get('dataset_meta') or {}
+    meta = load_strictly(model, weights).get('meta', {})
+    # files of MMDetection 2, half of its model zoo, have the names of the classes alone
+    metainfo = meta.get('dataset_meta') or ({'classes': meta['CLASSES']} if 'CLASSES' in meta else {})
     note_pruned(model)
     model.cfg, model.dataset_meta = cfg, {'palette': 'random', **{k.lower(): v for k, v in metainfo.items()}}
     return model.to(device).eval()
