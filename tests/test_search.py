@@ -13,6 +13,8 @@ from timm_lean.search import TargetError, reachable
 from timm_lean.search.curves import Curve, all_mixes, neighbours, predict_factor, predict_loss
 from timm_lean.search.journal import Journal
 from timm_lean.search.judge import Judge, split_images
+from timm_lean.search.plan import Plan
+from timm_lean.search.report import Candidate, CompressReport
 from timm_lean.search.sizes import Sizes, measure_sizes
 from timm_lean.search.subject import Network
 from timm_lean.search.target import parse_targets
@@ -325,6 +327,16 @@ def test_table_and_picture_hold_all_candidates(model, images, quick, tmp_path):
     assert report.summary in str(report) and json.dumps(report.to_dict())
     front = report.frontier('params')
     assert [c.score for c in front] == sorted(c.score for c in front)
+
+
+@pytest.mark.parametrize(
+    'target, share, told', [('macs=0.9', 0.5, True), ('file=0.9', 0.5, False), ('macs=0.9', 1., False)])
+def test_the_report_says_which_form_the_costs_are_of(target, share, told):
+    chosen = Candidate(Plan(share=share), Sizes(params=5, macs=5, file=5), 50.)
+    original = Candidate(Plan(), Sizes(params=9, macs=9, file=9), 60.)
+    report = CompressReport(params=(9, 5), targets=(target,), chosen=chosen, original=original, candidates=(chosen,),
+                            judged_by='accuracy')
+    assert ('folded: timm-lean export --fold' in str(report)) == told
 
 
 def test_calibrated_candidates_agree_better(model, images):

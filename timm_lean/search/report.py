@@ -91,6 +91,9 @@ class CompressReport(LeanReport):
             mark = '  <- chosen' if row == self.chosen else ''
             lines.append(''.join(f'{cell:>12}' for cell in cells) + f'{row.score:>12.2f} %  {row}{mark}')
         lines += [f'{name} was left out: {why}' for name, why in self.refused]
+        if self.chosen.plan.share < 1 and any(target.startswith(('macs', 'latency')) for target in self.targets):
+            lines.append('MACs and latency are those of the cheaper form, the network as it is or folded: '
+                         'timm-lean export --fold')
         return [*lines, self.summary]
 
     def write_csv(self, path: str | Path) -> None:
