@@ -17,7 +17,7 @@ import torch
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.checkpoint.format import load_model
 from timm_lean.depth.family import FAMILIES, bounded_model, check_family, describe_member
-from timm_lean.errors import LeanError, PackageMissingError
+from timm_lean.errors import LeanError
 from timm_lean.measure import count_params
 from timm_lean.measure.conv_depth import conv_depth, module_depths
 from timm_lean.measure.identity import identity_ratios, near_identity_share
@@ -166,10 +166,7 @@ def compare(runs: Sequence[Run], bound: int) -> list[dict[str, Any]]:
         For each deeper network the accuracy of the bounded one minus its own in points, the p-value of scipy's paired
         t-test (None for fewer than two seeds or no variation), and the share of the time per epoch saved.
     """
-    try:
-        from scipy.stats import ttest_rel
-    except ImportError as e:
-        raise PackageMissingError('The paired test needs scipy. Install it: pip install scipy.') from e
+    from scipy.stats import ttest_rel
     within = [r.depth for r in runs if r.depth <= bound]
     if not within:
         return []
