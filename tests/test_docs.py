@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_house import table
 
 import timm_lean_cli
 
@@ -57,7 +58,7 @@ def test_python_examples_run_and_print_what_is_shown(page, tmp_path, monkeypatch
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_no_example_is_left_out_by_its_language(page):
-    assert {language for language, _ in blocks(page)} <= {'', 'bash', 'python', 'text', 'yaml'}
+    assert {language for language, _ in blocks(page)} <= {'', 'bash', 'mermaid', 'python', 'text', 'yaml'}
 
 
 def test_the_configs_shown_for_mmdetection_build():
@@ -108,7 +109,30 @@ def test_the_site_has_every_page():
     assert set(re.findall(r': (\w+\.md)$', text, re.MULTILINE)) == pages
 
 
+def test_the_picture_of_the_rooms_is_the_table_of_contributing():
+    """Arrows are those of the table, but for those that others lead to as well."""
+    left_out = {'errors.py', 'version.py', 'registry.py'}
+    uses = {room: rooms - left_out for room, rooms in table().items() if room not in left_out}
+    uses['timm_lean_cli'] = set(uses)
+
+    def below(room):
+        return uses[room].union(*map(below, uses[room]))
+
+    wanted = {(room, used) for room in uses for used in uses[room]
+              if not any(used in below(other) for other in uses[room])}
+    picture = next(text for language, text in blocks(ROOT / 'docs' / 'how_it_works.md') if language == 'mermaid')
+    drawn = re.findall(r'^ *(\w+) --> (\w+)$', picture, re.MULTILINE)
+    assert len(drawn) == len(set(drawn)) and set(drawn) == wanted
+    assert set(re.findall(r'^ *(\w+)\[', picture, re.MULTILINE)) == uses.keys()
+
+
+def test_the_start_page_names_every_notebook():
+    named = set(re.findall(r'`docs/notebooks/(\w+\.ipynb)`', (ROOT / 'docs' / 'index.md').read_text()))
+    assert named == {p.name for p in (ROOT / 'docs' / 'notebooks').glob('*.ipynb')}
+
+
 def test_the_api_page_names_what_there_is():
+    pytest.importorskip('mmdet')
     for name in re.findall(r'^::: (\S+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE):
         module, _, attribute = name.rpartition('.')
         assert getattr(importlib.import_module(module), attribute).__doc__, name
