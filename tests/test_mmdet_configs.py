@@ -14,9 +14,7 @@ from timm_lean.mmdet import TimmBackbone
 from timm_lean.mmdet.detector import build_detector
 
 ALL = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name != '_base_')
-FAST = (
-    'faster-rcnn_mobilenetv2_100_shared_1x_coco', 'retinanet_resnet34_s8u1_bccd',
-)
+FAST = ('retinanet_resnet34_s8u1_bccd',)
 SHARED_NAMES = ('s48u1', 's8u1', 'shared', 'sharedpp')
 
 

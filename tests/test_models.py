@@ -1,6 +1,6 @@
 """Every registered model is a timm model in full: timm's own model tests, and what users do with models besides.
 
-The fast set runs a short member of each family, and what compiles or traces with two of them; the names themselves
+The fast set runs a short member of each family, and what compiles or traces with one of them; the names themselves
 are marked slow.
 """
 import copy
@@ -67,7 +67,7 @@ def case(request):
 # for tests that compile, trace or build a network several times
 few_fast = pytest.mark.parametrize('case', [
     *(pytest.param((name, kwargs), id=f'{name} short', marks=[
-        pytest.mark.slow] if name not in ('resnet32_cifar_s16u1_dual', 'resnext50_cifar_s16u1') else [])
+        pytest.mark.slow] if name != 'resnet32_cifar_s16u1_dual' else [])
       for name, kwargs in SHORT.items()), *LONG], indirect=True)
 
 

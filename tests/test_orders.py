@@ -74,8 +74,11 @@ def first_steps(first: str, second: str) -> list[str]:
     return ['prune_channels', 'share'] if first == 'prune_channels' else ['share', first]
 
 
+TWO_NETWORKS = pytest.mark.parametrize('name', ['resnet20_cifar', pytest.param('resnet10t', marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize('first, second', list(itertools.product(VERBS, VERBS)))
-@pytest.mark.parametrize('name', NETWORKS)
+@TWO_NETWORKS
 def test_pair(name, first, second, known, tmp_path):
     model = network(known, name, *first_steps(first, second))
     message = refusal(name, first, second)
@@ -94,7 +97,7 @@ def test_pair(name, first, second, known, tmp_path):
 
 
 @pytest.mark.parametrize('first, second', list(itertools.product(VERBS, CALIBRATED)))
-@pytest.mark.parametrize('name', ['resnet20_cifar', pytest.param('resnet10t', marks=pytest.mark.slow)])
+@TWO_NETWORKS
 def test_pair_calibrated(name, first, second, known, tmp_path):
     """The second step is calibrated: never further from the network before it than without."""
     model = network(known, name, *first_steps(first, second))

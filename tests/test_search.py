@@ -167,6 +167,7 @@ def test_int8_counts_as_it_is_stored(model, images, quick, tmp_path):
         assert not torch.equal(model(images[0]), new(images[0]))
 
 
+@pytest.mark.slow
 def test_two_targets_hold_together(model, images, quick):
     new = compress(model, {'params': 0.7, 'macs': 0.6}, images, evaluate=by_params, techniques=['blocks', 'channels'])
     sizes = new.lean_report.chosen.sizes
