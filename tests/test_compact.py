@@ -30,8 +30,9 @@ def with_dead_filters(name: str, **kwargs) -> nn.Module:
 
 
 FAST = ['resnet20_cifar', 'mobilenetv3_small_050']
-SLOW = ['resnet18', 'mobilenetv2_035', 'regnetx_002', 'densenet121', 'efficientnet_b0', 'resnet34', 'resnet50', 'dla34', 'repvgg_a0', 'hrnet_w18_small', 'xception41',
-        'fbnetc_100', 'resnetv2_50', 'cspresnet50', 'seresnet50', 'selecsls42b', 'convnext_atto']
+SLOW = ['resnet18', 'mobilenetv2_035', 'regnetx_002', 'densenet121', 'efficientnet_b0', 'resnet34', 'resnet50', 'dla34',
+        'repvgg_a0', 'hrnet_w18_small', 'xception41', 'fbnetc_100', 'resnetv2_50', 'cspresnet50', 'seresnet50',
+        'selecsls42b', 'convnext_atto']
 
 
 @pytest.mark.parametrize('name', [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
