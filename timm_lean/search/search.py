@@ -172,6 +172,8 @@ class _Search:
         """
         reaches: dict[str, float | None] = {}
         for name in sorted(self.space.techniques, key=_FIRST.index):
+            if self._late:  # to find out how far the others go takes time as well
+                return
             reaches[name] = factor = self.space.reach({name: 1.})
             if factor is not None:
                 self._try({name: factor})
@@ -186,6 +188,8 @@ class _Search:
 
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
+        if self._late:
+            return
         names = self.space.techniques
         waiting = set(filter(_sensible, all_mixes(names, _PARTS)))
         seen: set[Mix] = {((name, 1.),) for name in names}
