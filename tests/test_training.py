@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from timm_lean.errors import LeanError
 from timm_lean.regularizers import create_regularizer
 from timm_lean.training import TrainConfig, train
 from timm_lean.training.config import CONFIGS, list_configs, load_yaml
-from timm_lean.training.data import CachedLoader, create_eval_loader, open_dataset, shifted_crop
+from timm_lean.training.data import CachedLoader, SplitError, create_eval_loader, open_dataset, shifted_crop
 from timm_lean.training.engine import Trainer
 from timm_lean.training.task import RegularizedTask
 
@@ -354,6 +355,21 @@ def test_balanced_subset_takes_classes_evenly():
     dataset = open_dataset('digits', None, 'train', limit=50)
     assert sorted(dataset.targets) == [c for c in range(10) for _ in range(5)]
     assert len(dataset) == 50
+
+
+def test_labels_are_class_folders(image_folder, tmp_path):
+    """timm's reader makes a class '' of images that lie in none, which shifts all others by one."""
+    shutil.copytree(image_folder, tmp_path / 'data')
+    image = tmp_path / 'data' / 'test' / 'down' / '000.png'
+    shutil.copy(image, tmp_path / 'data' / 'test' / 'stray.png')
+    with pytest.raises(SplitError, match=r'stray\.png lies in no class folder'):
+        open_dataset('folder', str(tmp_path / 'data'), 'eval')
+    assert len(open_dataset('folder', str(tmp_path / 'data'), 'eval', labels=False)) == 17
+    shutil.copytree(image.parent, tmp_path / 'flat')
+    assert len(open_dataset('folder', str(tmp_path / 'flat'), 'train', labels=False)) == 8
+    (tmp_path / 'flat' / 'val').mkdir()  # what is to evaluate calibrates nothing
+    with pytest.raises(SplitError, match='no train/ folder'):
+        open_dataset('folder', str(tmp_path / 'flat'), 'train', labels=False)
 
 
 def test_digits_are_split_without_overlap():

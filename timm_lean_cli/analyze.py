@@ -51,7 +51,7 @@ def _similarity(args: argparse.Namespace) -> None:
     for source in [args.model] if args.vs is None else [args.model, args.vs]:
         model = open_model(args, source).to(options['device'])
         results.append(feature_similarity(
-            model, open_eval_loader(model, **options), options['device'], max_batches=batches))
+            model, open_eval_loader(model, **options, labels=False), options['device'], max_batches=batches))
     second = results[1] if args.vs else None
     finish(args, results, format_similarity(results[0], second))
     plot_similarity(results[0], second, picture)

@@ -1,5 +1,6 @@
 """`timm-lean info`: what networks cost, beside each other; classifiers and detectors."""
 import argparse
+import sys
 
 from .arguments import add_data, add_json, add_model, add_trust, given
 from .opening import data_options, finish, is_detector, open_model
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         models = [open_model(args, source) for source in sources] if accuracy else []
         reports = model_reports(sources, **measured)
         for source, model, report in zip(sources, models, reports, strict=False):
-            report.top1 = evaluate_source(source, model, **options)['top1']
+            report.top1 = evaluate_source(source, model, progress=sys.stderr.isatty(), **options)['top1']
     rows = [asdict(r) for r in reports]
     text = format_table(reports)
     if args.shareable:

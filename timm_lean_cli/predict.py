@@ -1,5 +1,6 @@
 """`timm-lean predict`: classes of images, or objects in them."""
 import argparse
+import sys
 from typing import Any
 
 from .arguments import add_json, add_model, add_trust, given
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output or args.score_thr is not None:
         raise LeanError(f'{args.model} is no detector: -o and --score-thr are for detectors.')
     from timm_lean.training.predict import predict
-    results = predict(open_model(args), args.images, device, **given(args, 'top'))
+    results = predict(open_model(args), args.images, device, progress=sys.stderr.isatty(), **given(args, 'top'))
     finish(args, results, '\n'.join(
         f'{r["image"]}: ' + ', '.join(f'{p["class"]} {100 * p["probability"]:.1f} %' for p in r['top'])
         for r in results))

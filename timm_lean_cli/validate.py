@@ -1,5 +1,6 @@
 """`timm-lean validate`: the accuracy of a network."""
 import argparse
+import sys
 
 from .arguments import add_data, add_json, add_model, given
 from .opening import data_options, finish, open_model
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_lean.training.settings import check_setting
     options = data_options(args)
     amp = {name: check_setting(TrainConfig, name, value) for name, value in given(args, 'amp').items()}
-    metrics = evaluate_source(args.model, open_model(args), **options, **amp)
+    metrics = evaluate_source(args.model, open_model(args), progress=sys.stderr.isatty(), **options, **amp)
     finish(args, {'model': args.model, **metrics},
            'top-1 {top1:.2f} %  top-5 {top5:.2f} %  loss {loss:.4f}  {images} images, '
            '{images_per_second:.0f} images/s'.format(**metrics))

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageDataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, create_loader, is_img_extension, resolve_data_config
 from timm.data.transforms import ToNumpy
 from timm.models import get_model_input_config
 from torch.utils.data import Dataset
@@ -23,13 +23,17 @@ from timm_lean.errors import LeanError
 from .config import TrainConfig
 
 __all__ = [
-    'CachedLoader', 'DigitsDataset', 'class_names', 'create_eval_loader', 'create_train_loader', 'digits_split',
-    'model_data_config', 'open_dataset', 'open_eval_loader',
+    'CachedLoader', 'DigitsDataset', 'SplitError', 'class_names', 'create_eval_loader', 'create_train_loader',
+    'digits_split', 'model_data_config', 'open_dataset', 'open_eval_loader',
 ]
 
 CROP_PADDING = 4  # pixels, as in the CIFAR recipes
 _TRAIN_DIRS = ('train',)
 _EVAL_DIRS = ('val', 'validation', 'test')
+
+
+class SplitError(LeanError):
+    """Data without the images of a split, or without their labels."""
 
 
 def digits_split(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +88,7 @@ def open_dataset(
         in_chans: int = 3,
         img_size: int = 32,
         limit: int | None = None,
+        labels: bool = True,
 ) -> Any:
     """Open a dataset split.
 
@@ -94,9 +99,12 @@ def open_dataset(
         in_chans: 1 for gray, 3 for RGB.
         img_size: Size the digits are enlarged to.
         limit: Use only so many images, evenly over the classes.
+        labels: Whether they are needed; without, images may lie in no class folder, those for training also in
+            `data_dir` itself.
 
     Raises:
-        LeanError: A missing or empty folder, or a number of channels images do not have.
+        SplitError: No images of this split, or labels that are needed and not there.
+        LeanError: A missing folder, or a number of channels images do not have.
     """
     modes = {1: 'L', 3: 'RGB'}
     if in_chans not in modes:
@@ -105,14 +113,17 @@ def open_dataset(
         dataset: Any = DigitsDataset(split, img_size, modes[in_chans])
         samples = list(enumerate(dataset.targets))
     else:
-        root = _split_dir(data_dir, split)
+        root = _split_dir(data_dir, split, labels)
+        expected = f'Expected {root}/CLASS/IMAGE.jpg (or .png).'
         try:
             dataset = _StrictImageDataset(root=str(root), reader='folder', input_img_mode=modes[in_chans])
         except RuntimeError as e:
-            raise LeanError(f'{root} holds no images in class folders. Expected {root}/CLASS/IMAGE.jpg (or .png).'
-                            ) from e
+            raise SplitError(f'{root} holds no images in class folders. {expected}') from e
         dataset.class_to_idx = dataset.reader.class_to_idx
         samples = [(i, target) for i, (_, target) in enumerate(dataset.reader.samples)]
+        if labels and (unlabelled := dataset.class_to_idx.get('')) is not None:
+            path = next(path for path, target in dataset.reader.samples if target == unlabelled)
+            raise SplitError(f'{path} lies in no class folder, so it has no label. {expected}')
     if limit is not None and limit < len(samples):
         classes, chosen = dataset.class_to_idx, _balanced(samples, limit)
         if data == 'digits':
@@ -124,7 +135,7 @@ def open_dataset(
     return dataset
 
 
-def _split_dir(data_dir: str | None, split: str) -> Path:
+def _split_dir(data_dir: str | None, split: str, labels: bool) -> Path:
     root = Path(data_dir or '')
     if not data_dir or not root.is_dir():
         raise LeanError(f'The data folder {str(data_dir)!r} does not exist. Give --data-dir DIR, a folder with train/ '
@@ -135,8 +146,11 @@ def _split_dir(data_dir: str | None, split: str) -> Path:
             return root / name
     if split == 'eval' and not (root / 'train').is_dir():
         return root  # a folder of class folders
-    raise LeanError(f'{root} has no {" or ".join(n + "/" for n in names)} folder. Found: '
-                    f'{", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"}.')
+    if split == 'train' and not labels and not any((root / name).is_dir() for name in _EVAL_DIRS) and any(
+            is_img_extension(path.suffix.lower()) for path in root.iterdir()):
+        return root  # a folder of images
+    raise SplitError(f'{root} has no {" or ".join(n + "/" for n in names)} folder. Found: '
+                     f'{", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"}.')
 
 
 def _balanced(samples: list[tuple[int, int]], limit: int) -> list[int]:
@@ -227,6 +241,7 @@ def open_eval_loader(
         workers: int = 0,
         split: str = 'eval',
         limit: int | None = None,
+        labels: bool = True,
 ) -> Any:
     """Batches for a model in order, without augmentation, prepared as its configuration says.
 
@@ -240,10 +255,11 @@ def open_eval_loader(
         workers: Data loading processes.
         split: 'eval', or 'train' for its images.
         limit: Use only so many images, evenly over the classes.
+        labels: Whether they are needed, see `open_dataset`.
     """
     config = model_data_config(model, img_size)
     data = data or ('folder' if data_dir else 'digits')
-    dataset = open_dataset(data, data_dir, split, config['input_size'][0], config['input_size'][-1], limit)
+    dataset = open_dataset(data, data_dir, split, config['input_size'][0], config['input_size'][-1], limit, labels)
     return create_eval_loader(dataset, config, batch_size, torch.device(device), workers)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform
+from tqdm import tqdm
 
 from timm_lean.errors import LeanError
 
@@ -15,7 +16,9 @@ __all__ = ['predict']
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Sequence[str], device: torch.device, top: int = 5) -> list[dict[str, Any]]:
+def predict(
+        model: nn.Module, images: Sequence[str], device: torch.device, top: int = 5, progress: bool = False,
+) -> list[dict[str, Any]]:
     """The most probable classes of images.
 
     Args:
@@ -23,6 +26,7 @@ def predict(model: nn.Module, images: Sequence[str], device: torch.device, top: 
         images: Paths.
         device: Where to run.
         top: Classes per image.
+        progress: Show a progress bar.
 
     Returns:
         For each image `{'image': path, 'top': [{'class': name, 'index': i, 'probability': p}, ...]}`.
@@ -39,7 +43,7 @@ def predict(model: nn.Module, images: Sequence[str], device: torch.device, top: 
     names = cfg.get('label_names') or [str(i) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     results = []
-    for path in images:
+    for path in tqdm(images, 'predict', unit=' images', disable=not progress, leave=False):
         try:
             with Image.open(path) as f:
                 image = f.convert(mode)
