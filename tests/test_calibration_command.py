@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import randomize_batchnorm
+from PIL import Image
 
 from timm_lean import load_model, save_model
 from timm_lean_cli import main
@@ -54,7 +55,6 @@ def test_off_by_zero_and_without_data(dense, tmp_path, capsys):
 
 def test_without_training_images_it_says_so(dense, tmp_path, capsys):
     """A folder for evaluation alone still gives accuracies."""
-    from PIL import Image
     for name in '01':
         (tmp_path / 'val' / name).mkdir(parents=True)
         Image.new('RGB', (16, 16)).save(tmp_path / 'val' / name / 'a.png')
@@ -82,3 +82,58 @@ def test_bad_input(dense, tmp_path, capsys, options, message):
     code, _, err = run(capsys, 'prune', dense, '-o', tmp_path / 'o.safetensors', *options)
     assert code == 2 and err.count('\n') == 1 and message in err
     assert not list(tmp_path.iterdir())
+
+
+def write_images(folder, count=12):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new('RGB', (16, 16), (20 * i, 255 - 20 * i, 90)).save(folder / f'{i}.png')
+
+
+def prune(capsys, dense, data, output, *options):
+    return run(capsys, 'prune', dense, '--amount', '0.5', '--data-dir', data, '--img-size', '16', '--workers', '0',
+               '--device', 'cpu', '-o', output, '--json', *options)
+
+
+def test_calibration_needs_no_labels_and_no_evaluation_images(dense, tmp_path, capsys):
+    """The same images give the same network, wherever they lie; accuracies are left out, with the reason."""
+    results = []
+    for name in ('classes/train/a', 'train/train', 'flat'):
+        write_images(tmp_path / name)
+        output = tmp_path / f'{len(results)}.safetensors'
+        code, text, err = prune(capsys, dense, tmp_path / name.split('/')[0], output)
+        assert code == 0, err
+        assert err.startswith('accuracy not measured: ') and err.count('\n') == 1
+        results.append(json.loads(text))
+        assert results[-1]['before']['top1'] is None is results[-1]['pruned']['top1']
+    assert results[0]['calibration'] == results[1]['calibration'] == results[2]['calibration']
+    assert results[0]['calibration']['images'] == 9
+
+
+def test_other_classes_leave_the_accuracy_out(dense, tmp_path, capsys):
+    for part in ('train', 'val'):
+        for i in range(11):
+            write_images(tmp_path / 'data' / part / f'{i:02}', 1)
+    code, text, err = prune(capsys, dense, tmp_path / 'data', tmp_path / 'o.safetensors')
+    assert code == 0 and 'accuracy not measured' in err and '10 classes' in err and 'has 11' in err
+    assert 'calibration' in json.loads(text)
+
+
+@pytest.mark.parametrize('options, broken, words', [
+    (['--calibrate', '0'], False, 'no class folder'), (['--finetune-epochs', '1'], False, 'no class folder'),
+    ([], True, '0.png cannot be read')], ids=str)
+def test_what_is_asked_for_and_cannot_be_had_stays_an_error(dense, tmp_path, capsys, options, broken, words):
+    for part in ('train', 'val/1') if broken else ('train', 'val'):
+        write_images(tmp_path / 'data' / part)
+    if broken:
+        (tmp_path / 'data' / 'val' / '1' / '0.png').write_bytes(b'no image')
+    code, _, err = prune(capsys, dense, tmp_path / 'data', tmp_path / 'o.safetensors', *options)
+    assert code == 2 and err.count('\n') == 1 and words in err
+    assert not (tmp_path / 'o.safetensors').exists()
+
+
+@pytest.mark.parametrize('data', ['nowhere', 'empty'])
+def test_data_of_no_use_is_an_error(dense, tmp_path, capsys, data):
+    (tmp_path / 'empty').mkdir()
+    code, _, err = prune(capsys, dense, tmp_path / data, tmp_path / 'o.safetensors')
+    assert code == 2 and data in err.splitlines()[-1] and not (tmp_path / 'o.safetensors').exists()

@@ -83,7 +83,8 @@ def add_detector(p: argparse.ArgumentParser, part: bool = True) -> None:
 
 def add_finetuning(p: argparse.ArgumentParser) -> None:
     """Images for accuracy, and training after a change, with all that `train` can do."""
-    add_data(p.add_argument_group('accuracy'))
+    add_data(p.add_argument_group('images, to calibrate and evaluate with'),
+             'folder with train/, in which calibration needs no class folders, and val/ or test/; or of images alone')
     tuning = p.add_argument_group('fine-tuning (the flags of `timm-lean train`)')
     tuning.add_argument('--finetune-epochs', type=int, metavar='N', help='train the result so long')
     tuning.add_argument('--finetune-lr', type=float, metavar='LR', help='learning rate of that (default 0.01)')

@@ -10,7 +10,7 @@ from .arguments import given
 from .figures import Figures, figures_table
 from .opening import data_options, finish, open_model, progress
 
-__all__ = ['change_network', 'finetuned', 'finetuning_options']
+__all__ = ['calibration_images', 'change_network', 'finetuned', 'finetuning_options']
 
 _CALIBRATION_IMAGES = 512
 
@@ -43,10 +43,11 @@ def change_network(
     tuning = finetuning_options(args)
     model = open_model(args)
     check(model)
-    images = _calibration_images(args, model, options)
+    images = calibration_images(args, model, options, training=bool(tuning))
+    judged = _can_evaluate(args, model, options, needed=images is None or bool(tuning))
     x = torch.randn(1, *get_model_input_config(model)['input_size'], generator=torch.Generator().manual_seed(0))
     with progress(args):
-        columns = {'before': _figures(args, model, x, Path(args.model), options)}
+        columns = {'before': _figures(args, model, x, Path(args.model), options, judged)}
         device = 'cpu' if images is None else options['device']
         new = change(model.to(device), x.to(device), images).cpu()
         model.cpu()
@@ -55,22 +56,31 @@ def change_network(
             if images is not None:
                 print(new.calibration_report.summary, flush=True)
         save_model(new, output)
-        columns[title] = _figures(args, new, x, output, options)
+        columns[title] = _figures(args, new, x, output, options, judged)
         if tuning:
             tuned = finetuned(args, model, tuning, output.parent)(new)
             save_model(tuned, output)
-            columns['fine-tuned'] = _figures(args, tuned, x, output, options)
+            columns['fine-tuned'] = _figures(args, tuned, x, output, options, judged)
     result = {'output': str(output), 'report': new.lean_report.to_dict(),
               **({} if images is None else {'calibration': new.calibration_report.to_dict()}),
               **{name: vars(figures) for name, figures in columns.items()}}
     finish(args, result, f'{figures_table(columns)}\n{output}')
 
 
-def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Any:
-    """Training images to calibrate with; None without data or with `--calibrate 0`."""
+def calibration_images(
+        args: argparse.Namespace, model: Any, options: dict[str, Any], training: bool = False,
+) -> Any:
+    """Training images to calibrate with; None without data or with `--calibrate 0`.
+
+    Args:
+        args: Those of `add_calibration` and `add_data`.
+        model: The network.
+        options: `data_options(args)`.
+        training: Whether the images are trained on, too: they cannot be missing then, and have labels.
+    """
     from timm_lean.calibration import Calibration
     from timm_lean.errors import LeanError
-    from timm_lean.training.data import open_eval_loader
+    from timm_lean.training.data import SplitError, open_eval_loader
     number = args.calibrate
     if number is not None and number < 0:
         raise LeanError(f'--calibrate must be a number of images of at least 0, got {number}.')
@@ -83,13 +93,30 @@ def _calibration_images(args: argparse.Namespace, model: Any, options: dict[str,
                             'without --calibrate 0.')
         return None
     try:
-        loader = open_eval_loader(model, **options, split='train', limit=number or _CALIBRATION_IMAGES)
-    except LeanError as e:
-        if number is not None or args.finetune_epochs:
+        loader = open_eval_loader(
+            model, **options, split='train', limit=number or _CALIBRATION_IMAGES, labels=training)
+    except SplitError as e:
+        if number is not None or training:
             raise
         print(f'not calibrated: {e}', file=sys.stderr)
         return None
     return Calibration(loader, progress=sys.stderr.isatty(), **given(args, positions='calibrate_positions'))
+
+
+def _can_evaluate(args: argparse.Namespace, model: Any, options: dict[str, Any], needed: bool) -> bool:
+    """Whether there are evaluation images with the model's classes; where not, a note or, if `needed`, an error."""
+    from timm_lean.errors import LeanError
+    from timm_lean.training.evaluate import labelled_loader
+    if not (args.data or args.data_dir):
+        return False
+    try:
+        labelled_loader(args.model, model, **options)
+    except LeanError as e:
+        if needed:
+            raise
+        print(f'accuracy not measured: {e}', file=sys.stderr)
+        return False
+    return True
 
 
 def finetuning_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,11 +169,12 @@ def finetuned(args: argparse.Namespace, original: Any, tuning: dict[str, Any], f
 _USED_WITHOUT = ('seed',)  # of training, that the change itself uses too
 
 
-def _figures(args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any]) -> Figures:
+def _figures(
+        args: argparse.Namespace, model: Any, x: Any, path: Path, options: dict[str, Any], judged: bool) -> Figures:
     from timm_lean.measure import count_macs
     from timm_lean.training.evaluate import evaluate_source
     figures = Figures.of(model, count_macs(model, x.shape), path)
-    if args.data or args.data_dir:
-        figures.top1 = evaluate_source(args.model, model, **options)['top1']
+    if judged:
+        figures.top1 = evaluate_source(args.model, model, progress=sys.stderr.isatty(), **options)['top1']
         model.cpu()
     return figures
