@@ -4,6 +4,7 @@ import json
 import pytest
 import timm
 import torch
+from PIL import Image
 from test_cli import run
 
 from timm_lean import load_model, save_model
@@ -70,3 +71,54 @@ def test_bad_input_is_one_line(capsys, tmp_path, checkpoint, arguments, words):
 def test_no_images(capsys, tmp_path, checkpoint):
     code, _, err = run(capsys, 'compress', checkpoint, '--target', 'params=0.5', '-o', tmp_path / 'o.safetensors')
     assert code == 2 and '--data-dir' in err and not list(tmp_path.iterdir())
+
+
+def write_images(folder, count=16):
+    """Images of one brightness each, in no class folder."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new('RGB', (8, 8), (15 * i, 255 - 15 * i, 100)).save(folder / f'{i}.png')
+
+
+UNLABELLED = ['--workers', '0', '--device', 'cpu', '--target', 'params=0.7', '--techniques', 'share']
+
+
+@pytest.mark.parametrize('parts', [('train', 'val'), ('train/a',), ('.',)], ids=str)
+def test_without_labels_networks_are_judged_by_agreement(capsys, tmp_path, checkpoint, parts):
+    """Were images in no class folder of one class, the accuracy would be how often a network says class 0."""
+    for part in parts:
+        write_images(tmp_path / 'data' / part)
+    arguments = ['compress', checkpoint, '--data-dir', tmp_path / 'data', *UNLABELLED, '-o', tmp_path / 'o.safetensors']
+    code, out, err = run(capsys, *arguments, '--json')
+    assert code == 0, err
+    result = json.loads(out)
+    assert result['report']['judged_by'] == 'agreement' and 'top1' not in result
+    assert 'that the original names' in err and (tmp_path / 'o.safetensors').is_file()
+    code, _, err = run(capsys, *arguments[:-1], tmp_path / 'p.safetensors', '--max-drop', '1')
+    assert code == 2 and err.count('\n') == 1 and '--max-drop needs labels' in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['data', 'o.safetensors', 'o.search']
+
+
+def test_each_batch_that_judges_holds_all_classes(capsys, tmp_path, checkpoint, monkeypatch):
+    """Folders are read class after class: the fourth batch would be the last class alone."""
+    from timm_lean_cli import build_parser
+    from timm_lean_cli.compress_cases import network_case
+    for name, color in zip('abcd', ('black', 'red', 'blue', 'white'), strict=True):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (8, 8), color).save(tmp_path / 'train' / name / f'{i}.png')
+    args = build_parser().parse_args([
+        'compress', str(checkpoint), '--data-dir', str(tmp_path), '--batch-size', '4', *UNLABELLED, '-o', 'o'])
+    images = network_case(args, tmp_path).images
+    assert [len(x) for x in images] == [4] * 4
+    assert all(len(x.unique(dim=0)) == 4 for x in images)
+
+
+def test_classes_are_checked_before_the_search(capsys, tmp_path, checkpoint):
+    for i in range(11):
+        write_images(tmp_path / 'data' / 'train' / f'{i:02}', 1)
+        write_images(tmp_path / 'data' / 'val' / f'{i:02}', 1)
+    code, _, err = run(capsys, 'compress', checkpoint, '--data-dir', tmp_path / 'data', *UNLABELLED,
+                       '-o', tmp_path / 'o.safetensors')
+    assert code == 2 and err.count('\n') == 1 and '10 classes' in err and 'data has 11' in err
+    assert [p.name for p in tmp_path.iterdir()] == ['data']

@@ -28,7 +28,7 @@ class Case:
         judge: Gives the function that judges networks, None if there is none; reads its images.
         finetune: Trains a network further; None if that is not wanted.
         save: Writes a network: `(network, path, weights)`.
-        scores: Of a network on all images, by name; none if not asked for.
+        scores: Of a network on all images, by name; none if not asked for or without labels.
         unit: How they are shown.
     """
     model: Any
@@ -42,24 +42,48 @@ class Case:
 
 def network_case(args: argparse.Namespace, folder: Path) -> Case:
     """A classification network; `folder` is where checkpoints may lie meanwhile."""
+    import torch
+
     from timm_lean.checkpoint.format import save_model
     from timm_lean.errors import LeanError
-    from timm_lean.training.evaluate import evaluate, evaluate_source
+    from timm_lean.training.data import SplitError, open_eval_loader
+    from timm_lean.training.evaluate import evaluate, evaluate_source, labelled_loader
     options = data_options(args)
     if not (args.data or args.data_dir):
         raise LeanError('compress needs images: --data-dir DIR, or --data digits.')
     tuning = finetuning_options(args)
     model = open_model(args).to(options['device'])
+    unlabelled = None
+    try:
+        judging = labelled_loader(args.model, model, **options, limit=args.judge or _JUDGING_IMAGES)
+    except SplitError as e:
+        if tuning or args.max_drop is not None:
+            raise LeanError(f'{"--finetune-epochs" if tuning else "--max-drop"} needs labels: {e}') from e
+        unlabelled = str(e)
+    images = [x for x, _ in open_eval_loader(
+        model, **options, split='train', limit=args.calibrate or _CALIBRATION_IMAGES, labels=bool(tuning))]
+    if unlabelled:  # some of the batches judge: each gets images of all classes, by which a folder is sorted
+        x = torch.cat(images)
+        count = max(len(images), min(len(x), 4))
+        images = [x[i::count] for i in range(count)]
 
-    def judge() -> Callable[[Any], float]:
-        batches = list(_loader(model, options, 'eval', args.judge or _JUDGING_IMAGES))  # decoded once
+    def judge() -> Callable[[Any], float] | None:
+        if unlabelled:
+            print(f'{unlabelled} Networks are judged by how often they name the class that the original names, on a '
+                  'quarter of the calibration images.', file=sys.stderr)
+            return None
+        batches = list(judging)  # decoded once
         return lambda network: evaluate(network, batches, options['device'])['top1']
 
+    def scores(network: Any) -> dict[str, float]:
+        if unlabelled:
+            return {}
+        return {'top1': evaluate_source(args.model, network, progress=sys.stderr.isatty(), **options)['top1']}
+
     return Case(
-        model, [x for x, _ in _loader(model, options, 'train', args.calibrate or _CALIBRATION_IMAGES)], judge,
+        model, images, judge,
         finetuned(args, model, tuning, folder) if tuning else None,
-        lambda network, path, weights: save_model(network, path, weights=weights),
-        lambda network: {'top1': evaluate_source(args.model, network, **options)['top1']}, '%')
+        lambda network, path, weights: save_model(network, path, weights=weights), scores, '%')
 
 
 def detector_case(args: argparse.Namespace) -> Case:
@@ -90,8 +114,3 @@ def detector_case(args: argparse.Namespace) -> Case:
         None if args.finetune_epochs is None else finetune,
         lambda network, path, weights: write_detector(network, path, weights),
         detector_scores if args.evaluate else lambda network: {}, '')
-
-
-def _loader(model: Any, options: dict[str, Any], split: str, limit: int | None) -> Any:
-    from timm_lean.training.data import open_eval_loader
-    return open_eval_loader(model, **options, split=split, limit=limit)
