@@ -1,12 +1,15 @@
 """ONNX in int8: what is in the file, what it answers, and what is refused."""
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
+from PIL import Image
 
 from timm_lean import LeanError, save_model
 from timm_lean.export.int8 import save_onnx_int8
-from timm_lean_cli import main
+from timm_lean_cli import build_parser, main
+from timm_lean_cli.export import _int8_images
 
 onnx = pytest.importorskip('onnx')
 
@@ -69,9 +72,25 @@ def test_what_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_needs_images_that_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(timm.create_model('resnet20_cifar', layers=(1, 1, 1)), 'm.safetensors')
+    assert main(['export', 'm.safetensors', '--onnx', 'a.onnx', '--int8']) == 2
+    err = capsys.readouterr().err
+    assert '--data-dir' in err and '--data digits' in err and err.count('\n') == 1
+    for folder in ('train', 'val'):
+        (tmp_path / 'data' / folder).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / folder / '0.png')
+    assert main(['export', 'm.safetensors', '--onnx', 'a.onnx', '--int8', '--data-dir', 'data/val']) == 2
+    assert 'data/val needs train/ and val/' in capsys.readouterr().err
+    args = build_parser().parse_args(['export', 'm.safetensors', '--data-dir', 'data'])
+    ranges, check = _int8_images(args, timm.create_model('resnet20_cifar', layers=(1, 1, 1)), {'data_dir': 'data'})
+    assert len(list(ranges)) == 1 and [x.shape for x in check] == [(1, 3, 32, 32)]  # no labels: no accuracy
+    assert [p.name for p in tmp_path.glob('*.onnx')] == []
+
+
 @pytest.mark.slow
 def test_the_command_writes_it_beside_the_original(tmp_path, capsys, monkeypatch):
-    import timm
     monkeypatch.chdir(tmp_path)
     save_model(timm.create_model('resnet20_cifar', layers=(1, 1, 1)), 'm.safetensors')
     assert main(['export', 'm.safetensors', '--onnx', 'a.onnx', '--int8', '--data', 'digits', '--device', 'cpu']) == 0

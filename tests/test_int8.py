@@ -202,8 +202,32 @@ def test_export_command(good, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(t, b[k]) for k, t in a.items())
     for flags, words in (
             (['--weights', 'int8', '--hf-dir', 'd'], '-o FILE'), (['--int8', '-o', 'a.safetensors'], '--onnx'),
-            (['--weights', 'int8', '--half', '-o', 'a.safetensors'], '--half')):
+            (['--weights', 'int8', '--half', '-o', 'a.safetensors'], '--half'),
+            (['--calibrate', '8', '-o', 'a.safetensors', '--data', 'digits'], '--weights int8'),
+            (['--calibrate', '8', '-o', 'a.safetensors', '--weights', 'int8'], '--calibrate needs training images')):
         assert main(['export', 'm.safetensors', *flags]) == 2
         err = capsys.readouterr().err
         assert words in err and err.count('\n') == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ['i8.safetensors', 'm.safetensors']
+
+
+def test_export_command_calibrates_where_data_is_given(tmp_path, capsys, monkeypatch):
+    """The file holds what Python's way gives, the folder beside it the network as it was."""
+    from timm_lean.export.rounding import round_weights
+    from timm_lean.training.data import open_eval_loader
+    monkeypatch.chdir(tmp_path)
+    save_model(small(), 'm.safetensors')
+    options = ['--weights', 'int8', '--data', 'digits', '--workers', '0', '--device', 'cpu', '--hf-dir', 'hf']
+    assert main(['export', 'm.safetensors', '-o', 'a.safetensors', *options, '--calibrate', '64']) == 0
+    assert 'error of the output' in capsys.readouterr().out
+    loader = open_eval_loader(small(), 'digits', split='train', limit=64)
+    expected, found = round_weights(small(), calibration=loader).state_dict(), load_model('a.safetensors').state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    for name, tensor in load_file('hf/model.safetensors').items():
+        assert torch.equal(tensor, small().state_dict()[name]), name
+    assert main(['export', 'm.safetensors', '-o', 'b.safetensors', *options, '--calibrate', '0']) == 0
+    assert main(['export', 'm.safetensors', '-o', 'c.safetensors', *options[:2], '--device', 'cpu']) == 0
+    plain, without = (load_model(f).state_dict() for f in ('b.safetensors', 'c.safetensors'))
+    assert all(torch.equal(tensor, without[name]) for name, tensor in plain.items())
+    assert not torch.equal(plain['fc.bias'], found['fc.bias'])

@@ -1,8 +1,10 @@
 """`timm-lean export`: one checkpoint in several forms, with the size and the speed of each; detectors too."""
 import argparse
+from pathlib import Path
 from typing import Any
 
-from .arguments import add_data, add_json, add_model, add_trust, given
+from .arguments import add_calibration, add_data, add_json, add_model, add_trust, given
+from .changing import calibration_images
 from .opening import data_options, finish, is_detector, open_model, progress
 
 HELP = 'write a checkpoint in another form'
@@ -26,10 +28,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--torch-export', metavar='FILE', help='torch.export file (.pt2) with a dynamic batch size')
     p.add_argument('--half', action='store_true', help='store float16 tensors (-o and --hf-dir)')
     p.add_argument('--weights', choices=['float', 'int8'],
-                   help='how -o and --det-dir store weights: int8, with a scale per filter')
+                   help='how -o and --det-dir store weights: int8, with a scale per filter; data given, -o calibrates')
     p.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     p.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
-    add_data(p.add_argument_group('images to check --onnx and --torch-export with, and for --int8'))
+    add_calibration(p)
+    add_data(p.add_argument_group('images: to check --onnx and --torch-export with; for --int8 and --weights int8'))
     add_json(p)
 
 
@@ -61,19 +64,23 @@ def _export_classifier(args: argparse.Namespace) -> None:
         raise LeanError('--weights int8 is for -o FILE, without --half: the scales are float32.')
     if args.int8 and not args.onnx:
         raise LeanError('--int8 is for --onnx FILE; for a checkpoint in int8 give -o FILE --weights int8.')
+    if args.int8 and not (args.data or args.data_dir):
+        raise LeanError('--int8 needs images like those the network is for: --data-dir DIR, or --data digits.')
+    if args.weights != 'int8' and given(args, 'calibrate', 'calibrate_positions'):
+        raise LeanError('--calibrate and --calibrate-positions are for -o FILE --weights int8.')
     _check_files(args)
     options = data_options(args)
     model = open_model(args)
+    calibration = calibration_images(args, model, options) if args.weights == 'int8' else None
     channels, *size = get_model_input_config(model)['input_size']
     shape = (1, channels, *((args.img_size, args.img_size) if args.img_size else size))
     images = int8_images = None
     if args.onnx or args.torch_export:  # images that cannot be had are an error before anything is written
-        loader = open_eval_loader(model, **{**options, 'batch_size': _CHECK_IMAGES, 'workers': 0, 'device': 'cpu'})
+        loader = open_eval_loader(
+            model, **{**options, 'batch_size': _CHECK_IMAGES, 'workers': 0, 'device': 'cpu'}, labels=False)
         images = next(iter(loader))[0]
     if args.int8:
-        int8_images = [open_eval_loader(model, **{'batch_size': 64, **options, 'workers': 0, 'device': 'cpu'},
-                                        split=split, limit=limit)
-                       for split, limit in (('train', _INT8_CALIBRATION), ('eval', _INT8_CHECK))]
+        int8_images = _int8_images(args, model, {'batch_size': 64, **options, 'workers': 0, 'device': 'cpu'})
     forms = [Form.of_file(args.model, model, options['device'])]
     with progress(args):
         model, folded = fold_as_asked(model, args.fold, shape, options['device'])
@@ -81,9 +88,10 @@ def _export_classifier(args: argparse.Namespace) -> None:
             print(folded)
         stored = half(model) if args.half else model
         if args.output:
-            rounding = save_model(stored, args.output, **given(args, 'weights'))
+            saved = stored if calibration is None else _rounded(model, calibration, options['device'])
+            rounding = save_model(saved, args.output, **given(args, 'weights'))
             if rounding is not None:
-                print(rounding)
+                print(rounding if calibration is None else saved.lean_report)
             kind = ', float16' if args.half else ', int8' if rounding is not None else ''
             forms.append(Form.of_file(args.output, load_model(args.output), options['device'], args.output + kind))
             print(f'{args.output}: {human_bytes(forms[-1].bytes or 0)}, {count_params(model):,} parameters')
@@ -99,11 +107,35 @@ def _export_classifier(args: argparse.Namespace) -> None:
     _finish_forms(args, forms, shape)
 
 
+def _rounded(model: Any, calibration: Any, device: Any) -> Any:
+    """The network as its int8 file holds it, calibrated."""
+    from timm_lean.export.rounding import round_weights
+    new = round_weights(model.to(device), calibration=calibration).cpu()
+    model.cpu()
+    return new
+
+
+def _int8_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> list[Any]:
+    """Images for the ranges of activations, and others to compare answers on: with labels, if those fit the model."""
+    from timm_lean.errors import LeanError
+    from timm_lean.training.data import open_eval_loader
+    from timm_lean.training.evaluate import labelled_loader
+    if args.data_dir and not (Path(args.data_dir) / 'train').is_dir():
+        raise LeanError(f'--int8 takes ranges from one part of the images and compares answers on another: '
+                        f'{args.data_dir} needs train/ and val/ or test/.')
+    ranges = open_eval_loader(model, **options, split='train', limit=_INT8_CALIBRATION, labels=False)
+    try:
+        return [ranges, labelled_loader(args.model, model, **options, limit=_INT8_CHECK)]
+    except LeanError:
+        return [ranges, [x for x, _ in open_eval_loader(model, **options, limit=_INT8_CHECK, labels=False)]]
+
+
 def _export_detector(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
-    if args.output or args.hf_dir or args.half or args.int8:
-        raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half and --int8 are for classification. Give '
-                        '--det-dir DIR for its folder, --onnx FILE or --torch-export FILE for its graph.')
+    if args.output or args.hf_dir or args.half or args.int8 or given(args, 'calibrate', 'calibrate_positions'):
+        raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half, --int8 and --calibrate are for '
+                        'classification. Give --det-dir DIR for its folder, --onnx FILE or --torch-export FILE for its '
+                        'graph.')
     if args.weights and not args.det_dir:
         raise LeanError('--weights is for --det-dir DIR: the graph in --onnx and --torch-export is in float32.')
     if not (args.det_dir or args.onnx or args.torch_export):
