@@ -112,6 +112,38 @@ def test_doctor_prints_versions(capsys, monkeypatch):
     assert f'timm-lean {timm_lean_version()}' in out and f'timm {timm.__version__}' in out
 
 
+def test_doctor_gives_json(capsys, monkeypatch):
+    monkeypatch.setattr('timm_lean_cli.doctor._python', lambda *args: 'broken')
+    code, out, _ = run(capsys, 'doctor', '--json')
+    result = json.loads(out)
+    assert code == bool(result['problems']) and result['found'][0].startswith(f'timm-lean {timm_lean_version()}')
+    assert not any('PROBLEM' in line or 'no problems' in line for part in result.values() for line in part)
+
+
+@pytest.mark.parametrize('arguments', [
+    ['compress', 'x', '--target', 'params=0.5', '-o', 'o'], ['prune', 'x', '-o', 'o'], ['export', 'x', '-o', 'o'],
+    ['share', 'x', '--params', '0.5', '-o', 'o'], ['demo']], ids=lambda a: a[0])
+def test_what_writes_one_output_is_refused_under_torchrun(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and err.count('\n') == 1 and f'{arguments[0]} runs in one process' in err and 'torchrun' in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('command', ['validate', 'info', 'predict', 'prune'])
+def test_progress_is_shown_on_a_terminal_alone(capsys, tmp_path, monkeypatch, checkpoint, command):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    data = ['--data', 'digits', '--workers', '0', '--img-size', '8']
+    options = {'validate': data, 'info': data, 'predict': [tmp_path / 'a.png'],
+               'prune': [*data, '--amount', '0.5', '--calibrate', '8', '-o', tmp_path / 'o.safetensors']}[command]
+    word = 'predict:' if command == 'predict' else 'evaluate:'
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, 'isatty', lambda terminal=terminal: terminal)
+        code, _, err = run(capsys, command, checkpoint, *options, '--device', 'cpu')
+        assert code == 0 and (word in err) == terminal, err
+
+
 def test_config_file_is_overridden_by_flags(capsys, tmp_path):
     (tmp_path / 'c.yaml').write_text('model: resnet20_cifar\nmodel_args: {layers: [1, 1, 1]}\nepochs: 3\nimg-size: 8\n')
     code, out, err = run(
@@ -290,6 +322,12 @@ def test_broken_image_is_named(capsys, tmp_path, broken_image_folder, options):
 def test_validating_against_other_classes_is_refused(capsys, checkpoint, broken_image_folder):
     code, _, err = run(capsys, 'validate', checkpoint, '--data-dir', broken_image_folder, '--device', 'cpu')
     assert code == 2 and '10 classes' in err and '2 (a, b)' in err
+
+
+def test_images_in_no_class_folder_are_no_class(capsys, checkpoint, tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / '0.png')
+    code, _, err = run(capsys, 'validate', checkpoint, '--data-dir', tmp_path, '--device', 'cpu')
+    assert code == 2 and err.count('\n') == 1 and '0.png lies in no class folder' in err and 'CLASS/IMAGE' in err
 
 
 def test_debug_shows_the_traceback(capsys):

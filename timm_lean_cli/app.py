@@ -13,6 +13,7 @@ from typing import NoReturn
 
 COMMANDS = ('models', 'info', 'train', 'validate', 'predict', 'compress', 'prune', 'share', 'export', 'analyze',
             'depth', 'doctor', 'demo')
+_ONE_PROCESS = ('compress', 'prune', 'share', 'export', 'demo')  # each process of several would write the same output
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from timm_lean.errors import LeanError
     try:
+        if args.command in _ONE_PROCESS and int(os.environ.get('WORLD_SIZE', '1')) > 1:
+            raise LeanError(f'{args.command} runs in one process; start it once, without torchrun.')
         return import_module(f'.{args.command}', __package__).run(args) or 0
     except BrokenPipeError:
         raise

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 
+from .arguments import add_json
+from .opening import finish, progress
+
 HELP = 'what is installed, what works, what is missing'
 
 _CORE = ('torch', 'torchvision', 'timm', 'safetensors', 'numpy')
@@ -22,6 +25,7 @@ _ALTERNATIVES = {
     'mmdet': ('mmdet', 'onedl-mmdetection', 'onedl-mmdet'),
     'cv2': ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless'),
 }
+_PROBLEM, _NO_PROBLEMS = 'PROBLEM: ', 'no problems found'
 _EXTRA = "pip install 'timm-lean[mmdet]'"
 _LOAD_EXTENSION = """
 import importlib.util, sys, torch
@@ -31,13 +35,16 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    pass
+    add_json(p)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; returns 0 if all that is installed works, else 1."""
-    lines, status = diagnose()
-    print('\n'.join(lines))
+    with progress(args):
+        lines, status = diagnose()
+    problems = [line.removeprefix(_PROBLEM) for line in lines if line.startswith(_PROBLEM)]
+    found = [line for line in lines if not line.startswith(_PROBLEM) and line != _NO_PROBLEMS]
+    finish(args, {'found': found, 'problems': problems}, '\n'.join(lines))
     return status
 
 
@@ -78,7 +85,7 @@ def diagnose() -> tuple[list[str], int]:
 
 
 def _tail(problems: list[str]) -> list[str]:
-    return [f'PROBLEM: {problem}' for problem in problems] or ['no problems found']
+    return [_PROBLEM + problem for problem in problems] or [_NO_PROBLEMS]
 
 
 def _listed(items: Iterable[str]) -> str:
