@@ -77,6 +77,24 @@ def test_a_checkpoint_rebuilds_it(tmp_path):
         assert [f.shape[-1] for f in features(X)] == [32, 32, 16, 8]
 
 
+def test_blocks_that_are_given_more_than_their_input(tmp_path):
+    """DLA's blocks take a shortcut and children beside it; without the block the input goes on."""
+    model = timm.create_model('dla34', num_classes=4).eval()
+    x, given = torch.randn(1, 3, 64, 64), {}
+    for name in find_blocks(model, x):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: given.update({name: len(args)}))
+    model(x)
+    name = next(name for name, count in given.items() if count > 1)
+    new = remove_blocks(model, blocks=[name])
+    seen = []
+    new.get_submodule(name).register_forward_hook(lambda module, args, out: seen.append(out is args[0]))
+    y = new(x)
+    assert seen == [True]
+    save_model(new, tmp_path / 'new.safetensors')
+    assert torch.equal(load_model(tmp_path / 'new.safetensors').eval()(x), y)
+
+
 def test_ratio_and_patterns():
     new = remove_blocks(network(), ratio=0.5, include='layer[12].*', exclude='layer1.0', calibration=[X[:8]])
     names = {name for name, *_ in new.lean_report.removed}

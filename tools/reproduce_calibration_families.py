@@ -25,12 +25,11 @@ from timm_lean import LeanError
 FAMILIES = [
     'resnet20_cifar', 'resnet10t', 'resnet26d', 'resnext26ts', 'seresnext26d_32x4d', 'res2net50_26w_4s',
     'regnetx_002', 'regnety_002', 'mobilenetv2_035', 'mobilenetv3_small_050', 'efficientnet_lite0', 'mnasnet_small',
-    'ghostnet_050', 'densenet121', 'vgg11_bn', 'darknet17', 'cspresnet50', 'dla34', 'hrnet_w18_small', 'convnext_atto',
-    'mixnet_s', 'rexnet_100', 'repvgg_a0', 'hardcorenas_a', 'selecsls42', 'fbnetc_100', 'spnasnet_100', 'tinynet_e',
-    'mobileone_s0', 'lcnet_050', 'semnasnet_050']
+    'ghostnet_050', 'densenet121', 'ese_vovnet19b_dw', 'darknet17', 'cspresnet50', 'dla34', 'hrnet_w18_small',
+    'convnext_atto', 'mixnet_s', 'rexnet_100', 'repvgg_a0', 'hardcorenas_a', 'selecsls42', 'fbnetc_100', 'spnasnet_100',
+    'tinynet_e', 'mobileone_s0', 'lcnet_050', 'semnasnet_050']
 NARROW: dict[str, dict[str, Any]] = {
-    'res2net50_26w_4s': {'channels': (16, 32, 64, 128)}, 'densenet121': {'growth_rate': 8},
-    'vgg11_bn': {'num_features': 64}}
+    'res2net50_26w_4s': {'channels': (16, 32, 64, 128)}, 'densenet121': {'growth_rate': 8}}
 """Members that are wide, made narrow: the equations grow with the cube of the width."""
 TECHNIQUES = ('kernels', 'channels', 'share', 'blocks')
 

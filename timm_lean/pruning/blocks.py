@@ -6,6 +6,7 @@ are ranked by what their removal does to the network's output, one by one, and a
 calibrated.
 """
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,8 +207,16 @@ def _remove(model: nn.Module, blocks: list[str]) -> nn.Module:
             raise LeanError(f'The step {STEP!r} removes {str(name)[:100]!r}, and {type(model).__name__} has no such '
                             'block.')
         parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, nn.Identity())
+        alone = len(inspect.signature(modules[name].forward).parameters) == 1
+        setattr(model.get_submodule(parent), leaf, nn.Identity() if alone else _First())
     return model
+
+
+class _First(nn.Identity):
+    """In the place of blocks that are given more than their input, such as DLA's; TorchScript takes only Identity."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return x
 
 
 def _choose_from(model: nn.Module, x: torch.Tensor, include: Patterns, exclude: Patterns) -> list[str]:
