@@ -307,8 +307,8 @@ DAMAGE = {
     'palette': lambda h: h.update(metainfo={'palette': 'nonsense'}),
     'palette of text': lambda h: h.update(metainfo={'palette': [['a', 0, 0]]}),
     'format': lambda h: h.update(format=['x'] * 1000),
-    'strides': lambda h: h.update(config=h['config'].replace('strides=[', "strides=['x',")),
-    'channels': lambda h: h.update(config=h['config'].replace('out_channels=64', 'out_channels=0')),
+    'strides': lambda h: h.update(config=h['config'].replace("'strides': [", "'strides': ['x',")),
+    'channels': lambda h: h.update(config=h['config'].replace("'out_channels': 64", "'out_channels': 0")),
 }
 
 
