@@ -36,6 +36,9 @@ FAMILIES = {
     'lean_shared_resnet': dict(layers=(2, 2, 2)), 'lean_densenet': dict(layers=(2, 2, 2)),
     'lean_efficientnet': dict(layers=(1, 1, 1))}
 
+SOME_FAMILIES = [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(FAMILIES)]
+"""Every third in the fast set."""
+
 
 def pytest_collection_modifyitems(items):
     """`-m device` chooses the tests that run on every device there is."""

@@ -44,6 +44,7 @@ def test_the_smallest_ratio_that_meets_a_target(bench):
     assert bench.smallest(make, lambda result: False) is None
 
 
+@pytest.mark.slow
 def test_what_is_stored_as_int8_is_rounded_again_after_training(bench):
     torch.manual_seed(0)
     model = timm.create_model('lean_resnet', layers=(2, 2), widths=(8, 16), num_classes=2).eval()

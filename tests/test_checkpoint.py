@@ -190,7 +190,8 @@ def test_timm_loads_a_local_dir(kind, tmp_path):
     assert torch.equal(model(x), loaded(x))
 
 
-@pytest.mark.parametrize('kind', [pytest.param('shared', marks=pytest.mark.slow), 'folded'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['shared', 'folded'])
 def test_a_fresh_process_loads_a_local_dir(kind, tmp_path):
     model = HF[kind]()
     save_hf_dir(model, tmp_path / 'hf')

@@ -131,7 +131,8 @@ def test_what_writes_one_output_is_refused_under_torchrun(capsys, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('command', ['validate', 'info', 'predict', 'prune'])
+@pytest.mark.parametrize('command', [
+    'validate', 'info', 'predict', pytest.param('prune', marks=pytest.mark.slow)])
 def test_progress_is_shown_on_a_terminal_alone(capsys, tmp_path, monkeypatch, checkpoint, command):
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
     data = ['--data', 'digits', '--workers', '0', '--img-size', '8']

@@ -89,6 +89,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn_from_it():
     assert task(torch.randn(2, 3, 8, 8), torch.arange(2))['kd_loss'].item() == 0
 
 
+@pytest.mark.slow
 def test_the_converted_network_returns_to_its_original(tmp_path):
     train(small(tmp_path / 'd', '', model_args=dict(layers=[2, 1, 1], channels=[8, 8, 8]), train_images=None, epochs=2,
                 batch_size=64, lr=0.05))

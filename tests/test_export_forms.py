@@ -66,6 +66,7 @@ def test_prune_fold_save_load_onnx_is_one_function(tmp_path, digits):
     assert not np.allclose(expected, small()(digits).detach().numpy(), atol=1e-3), 'pruning should have changed it'
 
 
+@pytest.mark.slow
 def test_shared_model_exports_unfolded_and_each_basis_once(tmp_path, digits):
     import onnx
     model = small()

@@ -592,6 +592,7 @@ def test_command_refuses(checkpoint, tmp_path, capsys, options, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_fewer_images_than_a_batch(checkpoint, tmp_path, capsys):
     text = command(capsys, checkpoint, tmp_path / 'p.safetensors', amount=0.5, data='digits', train_images=20,
                    finetune_epochs=1, img_size=8, workers=0, device='cpu')

@@ -47,6 +47,7 @@ def test_backbone_as_onnx_and_pt2(detector, tmp_path, capsys, fold):
         torch.testing.assert_close(b, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_whole_as_onnx(detector, tmp_path, capsys):
     """All that the head gives before boxes are selected."""
     onnxruntime = pytest.importorskip('onnxruntime')

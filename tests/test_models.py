@@ -318,6 +318,7 @@ def test_forward_intermediates_are_the_stages_and_the_final_features(name, model
 
 
 @pytest.mark.parametrize('indices', [[1, 2], [0], [-1], 2, None])
+@few_fast
 def test_forward_intermediates_indices_select(model, x, indices):
     everything = model.forward_intermediates(x, intermediates_only=True)
     outs = model.forward_intermediates(x, indices=indices, intermediates_only=True)

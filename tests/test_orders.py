@@ -97,7 +97,8 @@ def test_pair(name, first, second, known, tmp_path):
 
 
 @pytest.mark.parametrize('first, second', list(itertools.product(VERBS, CALIBRATED)))
-@TWO_NETWORKS
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NETWORKS)
 def test_pair_calibrated(name, first, second, known, tmp_path):
     """The second step is calibrated: never further from the network before it than without."""
     model = network(known, name, *first_steps(first, second))

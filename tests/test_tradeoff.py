@@ -45,6 +45,7 @@ def test_front_is_what_no_point_beats(points):
     assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
+@pytest.mark.slow
 def test_info_shows_the_accuracy_that_validate_measures_and_draws(capsys, checkpoints, tmp_path):
     first, *others = checkpoints
     vs = [a for other in others for a in ('--vs', other)]

@@ -113,7 +113,7 @@ def _run(line: list[str]) -> None:
 
 
 def test_argument_lines(network, quick):
-    outcome = fuzz(lambda rng: _run(_line(rng, network)), 60, LeanError, seconds=20)
+    outcome = fuzz(lambda rng: _run(_line(rng, network)), 40, LeanError, seconds=20)
     assert outcome['refused'] > outcome['accepted'] > 0, outcome
 
 
@@ -132,5 +132,5 @@ def test_config_files(quick, tmp_path):
         file.write_bytes(text.encode('utf-8', 'surrogateescape' if rng.random() < 0.5 else 'replace'))
         _run(['train', '--config', str(file)])
 
-    outcome = fuzz(attempt, 100, LeanError)
+    outcome = fuzz(attempt, 60, LeanError)
     assert outcome['accepted'] and outcome['refused'], outcome

@@ -59,7 +59,7 @@ def test_mutated_files(tmp_path, monkeypatch):
         assert isinstance(load_detector(path), nn.Module)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome = fuzz(attempt, count=50, allowed=CheckpointError)
+    outcome = fuzz(attempt, count=30, allowed=CheckpointError)
     assert outcome['refused'] and outcome['accepted'], outcome
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
     assert not (tmp_path / 'fuzzed_mark').exists()
