@@ -202,7 +202,7 @@ def test_bad_targets(detector, options, message):
         lean_detector(detector, prune_kernels, amount=0.5, **options)
 
 
-def test_steps_of_another_detector_are_told(folder, tmp_path, detector):
+def test_steps_of_another_detector_are_told(pruned, folder, tmp_path, detector):
     from mmdet.registry import MODELS
     cfg = Config.fromfile(str(folder / 'config.py'))
     cfg.model.backbone.depth = 34
