@@ -259,7 +259,8 @@ def channel_group(graph: Any, layer: nn.Module, handler: Any, indices: Sequence[
                 continue
             idxs = arrived
             for mapping in filter(None, dep.index_mapping):
-                if _folded(mapping, idxs) > _channels(graph, dep):  # millions, of attention maps: do not list them
+                many = _folded(mapping, idxs)
+                if many and many > _channels(graph, dep):  # millions, of attention maps: do not list them
                     raise ValueError('reshapes multiply them')
                 idxs = mapping(idxs)
             if not idxs:
