@@ -72,6 +72,7 @@ def test_without_training_images_it_says_so(dense, tmp_path, capsys):
     (['--amount', '0.5', *DIGITS, '--calibrate-positions', '0'], 'positions of calibration must be'),
     (['--amount', '0.5', '--calibrate-positions', '8'], '--calibrate-positions is for calibration'),
     (['--amount', '0.5', '--criterion', 'output'], "criterion='output' needs calibration"),
+    (['--granularity', 'channel', '--criterion', 'output'], "criterion='output' needs calibration"),
     (['--granularity', 'block', '--count', '1'], 'needs calibration'),
     (['--granularity', 'block', *DIGITS, '--calibrate', '8'], 'exactly one of count, blocks and ratio'),
     (['--granularity', 'block', '--blocks', 'layer1.9'], 'layer1.9'),

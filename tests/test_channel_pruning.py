@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from conftest import randomize_batchnorm
 
-from timm_lean import CheckpointError, LeanError, load_model, save_model
+from timm_lean import Calibration, CheckpointError, LeanError, load_model, save_model
 from timm_lean.checkpoint.format import read_header, save_hf_dir
 from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
@@ -73,6 +73,26 @@ def test_grouped_input_channels_are_scored_by_their_own_group():
     expected = torch.stack([kernel_scores(conv.weight, 'weight')[3 * (c // 2):3 * (c // 2) + 3, c % 2].sum()
                             for c in range(8)])
     torch.testing.assert_close(values, expected)
+
+
+def test_channels_chosen_by_what_they_do():
+    """By brute force: hold one channel at its mean, and look at what the layer behind makes of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+    with torch.no_grad():
+        model[0].weight[5] *= 4  # large, but nothing reads it
+        model[2].weight[:, 5] /= 100
+    images = torch.randn(16, 3, 10, 10, dtype=torch.float64)
+    inner = model[:2](images)
+    growth = torch.stack([
+        F.conv2d(inner[:, [c]] - inner[:, c].mean(), model[2].weight[:, [c]]).var((0, 2, 3)).sum() for c in range(8)])
+    model, images = model.float(), images.float()
+    best = sorted(growth.argsort()[2:].tolist())
+    new = prune_channels(model, images[:1], criterion='output', pruning_ratio=0.25, round_to=1,
+                         calibration=Calibration([images], positions=64, ridge=0.))
+    assert new.lean_report.kept['0'] == best and 5 not in best
+    with pytest.raises(LeanError, match='needs calibration=LOADER'):
+        prune_channels(model, images[:1], criterion='output')
 
 
 @pytest.mark.parametrize('kwargs, words', [

@@ -73,8 +73,6 @@ def test_the_table_has_no_circle():
 def test_imports_point_down(path):
     room = room_of(path)
     used = rooms_used(path) - {room}
-    if path.name == '__main__.py':
-        used.discard('timm_lean_cli')
     assert used <= table()[room], f'{room} uses {sorted(used - table()[room])}, which CONTRIBUTING.md does not allow'
 
 

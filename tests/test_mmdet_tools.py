@@ -39,7 +39,6 @@ from timm_lean.mmdet import (
     predict_images,
     write_scenes,
 )
-from timm_lean.mmdet.__main__ import main
 from timm_lean.mmdet.data import check_data
 from timm_lean.mmdet.detector import build_detector, describe, save_detector, write_detector
 from timm_lean.mmdet.own_data import set_classes, settle_data
@@ -93,7 +92,7 @@ def test_a_file_is_evaluated_without_a_config(trained, tmp_path, capsys):
     arguments = ['--out', str(tmp_path / 'found.pkl'), '--show-dir', str(tmp_path / 'pictures')]
     Visualizer.get_instance('visualizer')
     Visualizer.get_instance('another run')  # the last one made in this process
-    assert main(['test', str(best), '--work-dir', str(tmp_path / 'b'), *arguments]) == 0
+    assert detectors.main(['test', str(best), '--work-dir', str(tmp_path / 'b'), *arguments]) == 0
     assert scores(tmp_path / 'a')['coco/bbox_mAP'] == scores(tmp_path / 'b')['coco/bbox_mAP']
     found = mmengine.load(tmp_path / 'found.pkl')
     assert len(found) == 4 and found[0]['pred_instances']['bboxes'].shape[1] == 4

@@ -1,20 +1,46 @@
-"""`python -m timm_lean.mmdet train|test`, `tools/train_det.py` and `test_det.py`: the options MMDetection users know.
+"""`python -m timm_lean.mmdet`, `tools/train_det.py` and `test_det.py`: the options MMDetection users know.
+
+    python -m timm_lean.mmdet train CONFIG ...     what tools/train_det.py does
+    python -m timm_lean.mmdet test FILE ...        what tools/test_det.py does
+    python -m timm_lean.mmdet SCRIPT ...           for scripts that import `mmcv.ops` before they read a config
 
 These are no commands of `timm-lean`: they take MMDetection's arguments, `--cfg-options` among them, in its spelling.
 """
 import argparse
 import os
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-__all__ = ['test_main', 'train_main']
+__all__ = ['main', 'test_main', 'train_main']
 
+_DOOR = 'python -m timm_lean.mmdet'
 _CONFIG_HELP = "config file, or 'mmdet::...' or 'timm_lean::...' for one that comes with the package"
 _NO_DICTS = ('--cfg-options takes KEY=VALUE with numbers, strings, tuples and lists of them. Put a dict into a config '
              'file, or set its keys one by one.')
 _SHARED = ('work_dir', 'data_root', 'classes', 'cfg_options', 'launcher')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, test, or run a script as `python SCRIPT ARGS` would; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ('-h', '--help'):
+        print(f'usage: {_DOOR} {{train CONFIG | test FILE | SCRIPT}} [ARGS ...]', file=sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == 'train':
+        return train_main(argv[1:], f'{_DOOR} train')
+    if argv[0] == 'test':
+        return test_main(argv[1:], f'{_DOOR} test')
+    if not Path(argv[0]).is_file():
+        print(f'{_DOOR}: the script {argv[0]} does not exist.', file=sys.stderr)
+        return 2
+    sys.argv = argv
+    sys.path[0] = str(Path(argv[0]).resolve().parent)
+    runpy.run_path(argv[0], run_name='__main__')
+    return 0
 
 
 def train_main(argv: Sequence[str] | None = None, prog: str = 'train_det.py') -> int:
@@ -107,3 +133,7 @@ def _run(
 def _message(error: Exception) -> str:
     """An error in one line. Raised in a data loading process it carries that process's traceback in its text."""
     return ' '.join(re.split(r'\w*(?:Lean|Checkpoint)Error: ', str(error))[-1].split())
+
+
+if __name__ == '__main__':
+    sys.exit(main())

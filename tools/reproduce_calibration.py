@@ -9,7 +9,7 @@ Every technique at several strengths, plain and calibrated with `--images` unlab
 `--test-images` test images, the first of `torch.randperm` with seed 0 in the order of the image folder; mean and
 standard deviation over `--seeds` choices of the calibration images. CIFAR10 is a folder with `train/<class>/*` and
 `test/<class>/*`. Images are resized to what the network takes, or `--img-size`. Where a row says which blocks went,
-the plain network lacks those that the first seed chose.
+the plain network lacks those that the first seed chose; where images choose the channels, there is no plain one.
 
 `--agreement` is for images that are not of the network's classes: instead of the accuracy it gives how often the
 compressed network's first choice is the original's.
@@ -37,9 +37,9 @@ BATCH = 250
 
 
 def techniques(
-        model: nn.Module, x: torch.Tensor, round_to: int, agreement: bool) -> dict[str, Callable[[Any], nn.Module]]:
+        model: nn.Module, x: torch.Tensor, round_to: int, agreement: bool) -> dict[str, Callable[[Any], nn.Module | None]]:
     """Rows of the table: name to a function of the calibration batches (None: without calibration)."""
-    rows: dict[str, Callable[[Any], nn.Module]] = {}
+    rows: dict[str, Callable[[Any], nn.Module | None]] = {}
     for params in (0.8,) if agreement else (0.75, 0.7, 0.6, 0.5, 0.35):
         rows[f'share, {params:.0%} of the parameters'] = lambda batches, params=params: timm_lean.share(
             model, params=params, calibration=batches)
@@ -49,6 +49,10 @@ def techniques(
     for ratio in (0.2,) if agreement else (0.25, 0.5):
         rows[f'channels {ratio:.0%}'] = lambda batches, ratio=ratio: timm_lean.prune_channels(
             model, x, pruning_ratio=ratio, round_to=round_to, calibration=batches)
+    for name, options in {'': {}, ', of all together': {'global_pruning': True}}.items() if agreement else ():
+        rows[f'channels 20% by images{name}'] = lambda batches, options=options: timm_lean.prune_channels(
+            model, x, pruning_ratio=0.2, round_to=round_to, criterion='output', calibration=batches, **options,
+        ) if batches else None
     for count in (1,) if agreement else (1, 2, 3):
         rows[f'blocks {count}'] = _without_blocks(model, count)
     return rows
@@ -91,7 +95,8 @@ def run(args: argparse.Namespace) -> str:
                 row['calibrated'].append(accuracy(new, images, labels))
                 row['errors'].append((new.calibration_report.before, new.calibration_report.after))
             row['seconds'] = (time.perf_counter() - start) / args.seeds
-            row['plain'] = accuracy(compress(None), images, labels)
+            plain = compress(None)
+            row['plain'] = None if plain is None else accuracy(plain, images, labels)
         except timm_lean.LeanError as e:
             row['refused'] = str(e)
         rows.append(row)
@@ -138,7 +143,8 @@ def format_rows(before: float, rows: Sequence[dict[str, Any]], agreement: bool =
         values = row['calibrated']
         spread = statistics.stdev(values) if len(values) > 1 else 0.
         errors = ', '.join(f'{statistics.mean(column):.3f}' for column in zip(*row['errors'], strict=True))
-        lines.append(f'| {row["name"]} | {row["plain"]:.1f} | {statistics.mean(values):.1f} | {spread:.2f} | {errors} '
+        plain = '' if row['plain'] is None else f'{row["plain"]:.1f}'
+        lines.append(f'| {row["name"]} | {plain} | {statistics.mean(values):.1f} | {spread:.2f} | {errors} '
                      f'| {row["seconds"]:.0f} |')
     return '\n'.join(lines)
 

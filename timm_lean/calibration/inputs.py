@@ -70,29 +70,31 @@ def input_covariances(
 
 @torch.no_grad()
 def output_scores(
-        model: nn.Module, names: Sequence[str], calibration: Calibration | Iterable[Any], **options: Any,
+        model: nn.Module, names: Sequence[str] | None, calibration: Calibration | Iterable[Any], **options: Any,
 ) -> dict[str, torch.Tensor]:
     """By how much a layer's output error grows if a kernel goes, relative to the mean of the layer's kernels.
 
     Args:
         model: The network.
-        names: Its convolutions.
+        names: Its convolutions and linear layers; None for all that can be scored.
         calibration: Images, see `Calibration`.
         **options: Options of `Calibration`.
 
     Returns:
-        Scores `[N, C / groups]` in float64 by name.
+        Scores `[N, C / groups]` in float64 by name, of those layers that the network runs.
 
     Raises:
         LeanError: A layer that is no plain convolution, or images as `load_chunks` refuses them.
     """
-    for name in names:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Conv2d) or not is_layer(layer):
+    plain = {name: isinstance(m, (nn.Conv2d, nn.Linear)) and is_layer(m) for name, m in model.named_modules()}
+    for name in names or ():
+        if not plain[name]:
+            layer = model.get_submodule(name)
             raise LeanError(f"The criterion 'output' scores plain convolutions, and {name!r} is a "
                             f'{type(layer).__name__}. Prune before sharing, or leave it out by exclude.')
+    chosen = [name for name in plain if plain[name]] if names is None else names
     return {name: _scores(model.get_submodule(name), covariance)
-            for name, covariance in input_covariances(model, names, calibration, **options)}
+            for name, covariance in input_covariances(model, chosen, calibration, **options)}
 
 
 def group_covariances(
@@ -126,8 +128,8 @@ def group_covariances(
 
 
 def _scores(layer: Any, covariance: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight.detach().double().unflatten(0, (layer.groups, -1)).flatten(3)  # [groups, N, C, k]
-    channels, size = weight.shape[2:]
+    channels, size = layer.weight.shape[1], layer.weight[0, 0].numel()
+    weight = layer.weight.detach().double().reshape(len(covariance), -1, channels, size)  # [groups, N, C, k]
     blocks = covariance.unflatten(2, (channels, size)).unflatten(1, (channels, size))
     blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [groups, C, k, k]
     increase = torch.einsum('gnck,gckl,gncl->gnc', weight, blocks, weight)

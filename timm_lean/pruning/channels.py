@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from timm_lean.calibration import Calibration, calibrate
+from timm_lean.calibration import Calibration, calibrate, output_scores
 from timm_lean.errors import LeanError
 from timm_lean.layers import SharedBasisConv2d
 from timm_lean.layers.classifier import classifier_modules
@@ -33,7 +33,7 @@ from .graph import (
     output_layers,
     unknown_layer,
 )
-from .importance import SpectralImportance
+from .importance import OutputImportance, SpectralImportance
 from .resize import record_resize
 from .sizes import ModelSizes
 from .spectral import check_criterion
@@ -42,6 +42,7 @@ from .trial import EMPTY, failing_cuts
 
 __all__ = ['ChannelReport', 'prune_channels']
 
+_BY_IMAGES = 'output'
 _FIXED = "the network's code fixes its channels"
 
 
@@ -98,7 +99,8 @@ def prune_channels(
         model: A model made by `timm.create_model`, pruned before or not, or any other network that maps an image batch
             to tensors.
         example_inputs: An input `[B, C, H, W]` to trace it with, on the model's device.
-        criterion: How kernels are scored, see `spectral`.
+        criterion: How kernels are scored, see `spectral`; or 'output', which needs `calibration`: by how much the
+            output error of the layers that read a channel grows if it goes (`calibration.output_scores`).
         pruning_ratio: Share of channels to remove, in (0, 1): of every group of layers, or of all together.
         max_pruning_ratio: Remove at most this share of any group's channels.
         global_pruning: Rank the channels of all groups against each other.
@@ -121,11 +123,15 @@ def prune_channels(
         LeanError: A ratio that would empty layers, a model that cannot be traced, or cannot run with fewer channels,
             one without a timm name, NaN weights.
     """
-    check_criterion(criterion)
+    if calibration is not None:
+        calibration = Calibration.of(calibration).hold()
+    if criterion != _BY_IMAGES:
+        check_criterion(criterion)
+    elif calibration is None:
+        raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a channel does.")
     _check(pruning_ratio, round_to, max_pruning_ratio, iterative_steps)
     check_float32(model, 'prune_channels')
     _check_model(model, example_inputs)
-    importance = importance or SpectralImportance(criterion, group_reduction, normalizer)
     limits = _Limits(global_pruning, round_to, max_pruning_ratio)
     new = copy.deepcopy(model)
     x = example_inputs.detach()
@@ -139,7 +145,8 @@ def prune_channels(
             if between_steps is not None:
                 between_steps(new, step - 1)
             graph = build_graph(new, x)
-        groups, unchanged = _score(new, graph, importance, ignored)
+        groups, unchanged = _score(
+            new, graph, importance or _importance_by(criterion, new, calibration, group_reduction, normalizer), ignored)
         for group in groups:
             start.setdefault(group.name, group.channels)
         cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
@@ -258,6 +265,15 @@ def _score(
         raise LeanError(f'{type(model).__name__} has no channels to prune: '
                         f'{reasons or "all groups are left out or reach the output"}.{hint if shared else ""}')
     return groups, unchanged
+
+
+def _importance_by(
+        criterion: str, model: nn.Module, calibration: Any, *options: Any) -> Callable[[Any], torch.Tensor | None]:
+    """The importance of channels of a network as it is now."""
+    if criterion != _BY_IMAGES:
+        return SpectralImportance(criterion, *options)
+    scores = output_scores(model, None, calibration)
+    return OutputImportance({model.get_submodule(name): values for name, values in scores.items()}, *options)
 
 
 def _importance(importance: Callable[[Any], torch.Tensor | None], group: Any) -> torch.Tensor | None:

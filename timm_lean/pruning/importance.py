@@ -6,7 +6,7 @@
 A channel's value at one layer is the sum of its kernels' scores: over the kernels that make it (output channel), or
 over those that read it (input channel). A `Linear` weight is a 1 x 1 kernel.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from timm_lean.layers import SharedBasisConv2d
 
 from .spectral import check_criterion, kernel_scores
 
-__all__ = ['SpectralImportance']
+__all__ = ['OutputImportance', 'SpectralImportance']
 
 REDUCTIONS = ('sum', 'mean', 'max', 'prod', 'first', 'gate')
 NORMALIZERS = ('sum', 'standarization', 'mean', 'max', 'gaussian', 'lamp')
@@ -108,3 +108,27 @@ class SpectralImportance(tp.importance.GroupMagnitudeImportance):
 
     def _scores(self, weight: torch.Tensor) -> torch.Tensor:
         return kernel_scores(weight, self.criterion)
+
+
+class OutputImportance(SpectralImportance):
+    """Group importance by what the layers that read a channel would lose, on images.
+
+    Args:
+        scores: Scores of kernels `[N, C / groups]` of layers, see `calibration.output_scores`.
+        group_reduction: See `SpectralImportance`.
+        normalizer: See `SpectralImportance`.
+    """
+
+    def __init__(
+            self,
+            scores: Mapping[nn.Module, torch.Tensor],
+            group_reduction: str = 'mean',
+            normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
+    ):
+        super().__init__(group_reduction=group_reduction, normalizer=normalizer)
+        self.scores = scores
+
+    def _channel_values(self, layer: Any, function: Any) -> torch.Tensor | None:
+        if 'in_channels' not in function.__name__ or layer not in self.scores:
+            return None
+        return self.scores[layer].unflatten(0, (getattr(layer, 'groups', 1), -1)).sum(1).flatten()
