@@ -37,7 +37,8 @@ BATCH = 250
 
 
 def techniques(
-        model: nn.Module, x: torch.Tensor, round_to: int, agreement: bool) -> dict[str, Callable[[Any], nn.Module | None]]:
+        model: nn.Module, x: torch.Tensor, round_to: int, agreement: bool,
+) -> dict[str, Callable[[Any], nn.Module | None]]:
     """Rows of the table: name to a function of the calibration batches (None: without calibration)."""
     rows: dict[str, Callable[[Any], nn.Module | None]] = {}
     for params in (0.8,) if agreement else (0.75, 0.7, 0.6, 0.5, 0.35):
