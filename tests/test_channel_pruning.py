@@ -95,6 +95,28 @@ def test_channels_chosen_by_what_they_do():
         prune_channels(model, images[:1], criterion='output')
 
 
+class Twice(nn.Module):
+    """A layer reads each channel as it is and pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(torch.cat([x, F.max_pool2d(x, 3, 1, 1)], 1))
+
+
+def test_a_channel_that_is_read_twice_counts_twice():
+    model = Twice().eval()
+    with torch.no_grad():
+        model.b.weight[:, :8] *= 0.01
+        model.b.weight[:, [10, 13]] *= 0.01  # 2 and 5 by both ways
+    images = torch.randn(8, 3, 8, 8)
+    new = prune_channels(model, images[:1], criterion='output', pruning_ratio=0.25, round_to=1, calibration=[images])
+    assert new.lean_report.kept['a'] == [0, 1, 3, 4, 6, 7]
+
+
 @pytest.mark.parametrize('kwargs, words', [
     (dict(criterion='eigen'), 'Unknown pruning criterion'), (dict(group_reduction='median'), 'group_reduction'),
     (dict(normalizer='l2'), 'normalizer')])

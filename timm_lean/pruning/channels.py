@@ -109,7 +109,7 @@ def prune_channels(
         include: Shell patterns on the names of modules, a list or joined by `|`: only layers in them lose output
             channels, and only where all layers that must lose the same ones are in them. All if None.
         exclude: Patterns of modules whose layers keep all output channels.
-        group_reduction: See `SpectralImportance`.
+        group_reduction: See `SpectralImportance`; has no effect with 'output'.
         normalizer: See `SpectralImportance`.
         importance: Any Torch-Pruning importance instead of the criterion.
         between_steps: Called as `(model, step)` after every step but the last, e.g. to train.
@@ -146,7 +146,7 @@ def prune_channels(
                 between_steps(new, step - 1)
             graph = build_graph(new, x)
         groups, unchanged = _score(
-            new, graph, importance or _importance_by(criterion, new, calibration, group_reduction, normalizer), ignored)
+            new, graph, importance or _importance_by(criterion, new, calibration, normalizer, group_reduction), ignored)
         for group in groups:
             start.setdefault(group.name, group.channels)
         cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
@@ -268,12 +268,13 @@ def _score(
 
 
 def _importance_by(
-        criterion: str, model: nn.Module, calibration: Any, *options: Any) -> Callable[[Any], torch.Tensor | None]:
+        criterion: str, model: nn.Module, calibration: Any, normalizer: Any, reduction: str,
+) -> Callable[[Any], torch.Tensor | None]:
     """The importance of channels of a network as it is now."""
     if criterion != _BY_IMAGES:
-        return SpectralImportance(criterion, *options)
+        return SpectralImportance(criterion, reduction, normalizer)
     scores = output_scores(model, None, calibration)
-    return OutputImportance({model.get_submodule(name): values for name, values in scores.items()}, *options)
+    return OutputImportance({model.get_submodule(name): values for name, values in scores.items()}, normalizer)
 
 
 def _importance(importance: Callable[[Any], torch.Tensor | None], group: Any) -> torch.Tensor | None:

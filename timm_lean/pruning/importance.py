@@ -111,24 +111,32 @@ class SpectralImportance(tp.importance.GroupMagnitudeImportance):
 
 
 class OutputImportance(SpectralImportance):
-    """Group importance by what the layers that read a channel would lose, on images.
+    """Group importance by what the layers that read a channel lose, on images: the sum over all of them.
 
     Args:
         scores: Scores of kernels `[N, C / groups]` of layers, see `calibration.output_scores`.
-        group_reduction: See `SpectralImportance`.
         normalizer: See `SpectralImportance`.
     """
 
     def __init__(
             self,
             scores: Mapping[nn.Module, torch.Tensor],
-            group_reduction: str = 'mean',
             normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
     ):
-        super().__init__(group_reduction=group_reduction, normalizer=normalizer)
+        super().__init__(normalizer=normalizer)
         self.scores = scores
 
-    def _channel_values(self, layer: Any, function: Any) -> torch.Tensor | None:
-        if 'in_channels' not in function.__name__ or layer not in self.scores:
-            return None
-        return self.scores[layer].unflatten(0, (getattr(layer, 'groups', 1), -1)).sum(1).flatten()
+    @torch.no_grad()
+    def __call__(self, group: Any) -> torch.Tensor | None:
+        total = None
+        for item in group:
+            dep, idxs = item
+            if 'in_channels' not in dep.pruning_fn.__name__ or dep.layer not in self.scores:
+                continue
+            scores = self.scores[dep.layer]
+            costs = scores.unflatten(0, (getattr(dep.layer, 'groups', 1), -1)).sum(1).flatten().float()
+            if total is None:
+                total = costs.new_zeros(len(group[0].idxs))
+            # a channel that is concatenated with itself is read more than once
+            total.index_add_(0, torch.tensor(item.root_idxs, device=costs.device), costs[idxs])
+        return None if total is None else self._normalize(total, self.normalizer)
