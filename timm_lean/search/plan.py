@@ -64,7 +64,8 @@ class Plan:
                 model = subject.apply(remove_blocks, model, blocks=self.blocks, calibration=images)
             if self.channels:
                 model = subject.apply(
-                    prune_channels, model, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images)
+                    prune_channels, model, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images,
+                    **({} if images is None else {'criterion': 'output'}))
             if self.share < 1:
                 model = subject.apply(share, model, params=self.share, calibration=images)
             if self.kernels:
