@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
-from tqdm import tqdm
 
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import hand_over
@@ -23,6 +22,7 @@ from .curves import Curve, Mix, all_mixes, neighbours, predict_factor, predict_l
 from .journal import Journal, fingerprint
 from .judge import Judge, split_images
 from .plan import TECHNIQUES, Plan
+from .progress import Progress
 from .report import Candidate, CompressReport
 from .space import Space, scaled
 from .subject import subject_of
@@ -131,7 +131,7 @@ class _Search:
         self.losses: dict[str, dict[float, float]] = {name: {0.: 0.} for name in self.space.techniques}
         self.networks: dict[Plan, nn.Module] = {}  # of the best, so that they need not be made twice
         self.tuned: dict[Plan, nn.Module] = {}
-        self.bar = tqdm(desc='compress', unit=' networks', disable=not progress, leave=False)
+        self.progress = Progress(progress, minutes, self.start)
 
     def run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
         """The whole search."""
@@ -142,7 +142,7 @@ class _Search:
             raise
 
     def _run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
-        with self.bar:
+        with self.progress.bar:
             if self._met(self.original):
                 return self._finish(self.original, self.model)
             if not self.space.techniques:
@@ -156,6 +156,7 @@ class _Search:
                 return self._finish(candidate, self._network(candidate))
             tuned = []
             if finetune is not None:
+                self.progress.stage('fine-tuning')
                 tuned = [self._tune(c, finetune) for c in best[:_TUNED]]
                 best = self._sorted([*tuned, *best])
             if not self._allowed(best[0]):
@@ -170,6 +171,7 @@ class _Search:
         Of a search that is cut short the first network is an answer: one technique that meets the targets, else all
         together.
         """
+        self.progress.stage('each technique alone')
         reaches: dict[str, float | None] = {}
         for name in sorted(self.space.techniques, key=_FIRST.index):
             if self._late:  # to find out how far the others go takes time as well
@@ -190,6 +192,7 @@ class _Search:
         """Mixes, the most promising first, until none is better for a while."""
         if self._late:
             return
+        self.progress.stage('mixes of techniques')
         names = self.space.techniques
         waiting = set(filter(_sensible, all_mixes(names, _PARTS)))
         seen: set[Mix] = {((name, 1.),) for name in names}
@@ -254,8 +257,7 @@ class _Search:
             self.losses[name].update({_ANY: loss, 1.: loss} if name == 'int8' else {amount: loss})
         keep = {c.plan for c in self._sorted([c for c in self.found.values() if self._met(c)])[:_TUNED]}
         self.networks = {plan: network for plan, network in self.networks.items() if plan in keep}
-        self.bar.update()
-        self.bar.set_postfix_str(f'{self.judge.name} {candidate.score:.2f} %')
+        self.progress.network(f'{self.judge.name} {candidate.score:.2f} %', str(candidate))
 
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
         plan = candidate.plan
