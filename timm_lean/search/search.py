@@ -7,7 +7,7 @@ which the curves promise most (`curves`); then the neighbours of the best.
 """
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from timm_lean.layers.lean_report import hand_over
 from .curves import Curve, Mix, all_mixes, neighbours, predict_factor, predict_loss
 from .journal import Journal, fingerprint
 from .judge import Judge, split_images
+from .outlook import Outlook
 from .plan import TECHNIQUES, Plan
 from .progress import Progress
 from .report import Candidate, CompressReport
@@ -89,15 +90,32 @@ def compress(
 
 
 def reachable(
-        model: nn.Module, target: TargetSpec, batches: Iterable[Any], *, techniques: Collection[str] = TECHNIQUES,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """How small each technique alone, and all together, can make each targeted quantity; nothing is calibrated.
+        model: nn.Module,
+        target: TargetSpec,
+        batches: Iterable[Any],
+        *,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        techniques: Collection[str] = TECHNIQUES,
+        max_drop: float | None = None,
+        minutes: float = 20.,
+        finetune: Callable[[nn.Module], nn.Module] | None = None,
+        nearest: bool = False,
+) -> Outlook:
+    """What `compress` could reach with the same arguments, and what it would do; it takes no calibration.
+
+    Of `evaluate` and `finetune` it matters only whether they are given: no network is judged or trained.
 
     Returns:
-        For each technique the smallest share of the original's per quantity; and those left out, with the reason.
+        A printable `Outlook`: how small each technique, and all together, can make each targeted quantity; the networks
+        that a search starts with; what is left out, with the reason.
+
+    Raises:
+        LeanError: Arguments that cannot be met.
     """
-    search = _Search(model, target, batches, lambda model: 0., techniques, None, 1., None, False, False)
-    return search.space.reachable(), search.space.refused
+    _check(techniques, max_drop, minutes, evaluate)
+    score = None if evaluate is None else lambda model: 0.
+    search = _Search(model, target, batches, score, techniques, max_drop, float('inf'), None, False, False)
+    return search.outlook(minutes, finetune is not None, nearest)
 
 
 class _Search:
@@ -113,6 +131,7 @@ class _Search:
         self.minutes, self.max_drop = minutes, max_drop
         self.model = copy.deepcopy(unwrap_model(model)).eval()
         self.images, held = split_images(batches, judging=evaluate is None)
+        self.held = sum(map(len, held))
         self.subject = subject_of(self.model, self.images)
         try:
             self.judge = Judge(self.subject, evaluate, held)
@@ -163,30 +182,46 @@ class _Search:
                 best = [self._nearest(best[0], nearest)]
         return self._finish(best[0], self._network(best[0]), tuned)
 
+    def outlook(self, minutes: float, finetune: bool, nearest: bool) -> Outlook:
+        """What `run` would do."""
+        plans = [] if self._met(self.original) else [self.space.plan(amounts) for amounts in self._single_amounts()]
+        return Outlook(
+            targets=self.targets, original=self.original.sizes, smallest=self.space.reachable(),
+            refused=dict(self.space.refused),
+            networks=tuple(plan for plan in dict.fromkeys(plans) if plan != Plan()),
+            most_mixes=_MOST_MIXES, patience=_PATIENCE, minutes=minutes,
+            judged_by=self.judge.name, calibration_images=sum(map(len, self.images)), held_out_images=self.held,
+            max_drop=self.max_drop, nearest=nearest, finetuned=_TUNED if finetune else 0)
+
     # what is tried -------------------------------------------------------------------------------------------------
 
     def _single_techniques(self) -> None:
-        """Every technique alone: as far as the target asks, or as it goes, and half of that.
+        """Every technique alone."""
+        self.progress.stage('each technique alone')
+        for amounts in self._single_amounts():
+            self._try(amounts)
+
+    def _single_amounts(self) -> Iterator[dict[str, float]]:
+        """Of every technique alone: as far as the target asks, or as it goes, and half of that.
 
         Of a search that is cut short the first network is an answer: one technique that meets the targets, else all
         together.
         """
-        self.progress.stage('each technique alone')
         reaches: dict[str, float | None] = {}
         for name in sorted(self.space.techniques, key=_FIRST.index):
             if self._late:  # to find out how far the others go takes time as well
                 return
             reaches[name] = factor = self.space.reach({name: 1.})
             if factor is not None:
-                self._try({name: factor})
+                yield {name: factor}
         if not any(reaches.values()):
             everything = dict.fromkeys(reaches, 1.)
             factor = self.space.reach(everything)
             if factor is not None:
-                self._try(scaled(everything, factor))
+                yield scaled(everything, factor)
         for part in (1., 0.5):
             for name, factor in reaches.items():
-                self._try({name: part * (factor or 1.)})
+                yield {name: part * (factor or 1.)}
 
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
