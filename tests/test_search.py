@@ -125,6 +125,11 @@ def test_what_is_no_image_batch_is_told(model, batches):
         compress(model, 'params=0.5', batches)
 
 
+def test_too_few_images_to_judge_by_are_told(model, images):
+    with pytest.raises(LeanError, match=r'at least 4 images .*, got 3'):
+        compress(model, 'params=0.5', [images[0][:3]])
+
+
 # sizes ---------------------------------------------------------------------------------------------------------------
 
 def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_path):

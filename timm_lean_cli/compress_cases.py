@@ -100,9 +100,11 @@ def detector_case(args: argparse.Namespace) -> Case:
         raise LeanError('--dry-run evaluates nothing: leave out --evaluate.')
     model: Any = open_detector(args.model, args.det_config, **given(args, 'trust_imports'))
     set_data(model, args.data_root)
-    model = model.to(resolve_device(**given(args, name='device')))
-
     judging = (args.judge or _JUDGING_IMAGES_DETECTOR) if judging_split(model.cfg) else 0
+    if args.max_drop is not None and not judging:
+        raise LeanError('--max-drop is points of AP, and the config has no evaluator of a validation or test set. '
+                        'Leave it out: the outputs of the heads judge then.')
+    model = model.to(resolve_device(**given(args, name='device')))
 
     def judge() -> Callable[[Any], float] | None:
         score = average_precision(model, judging or None)
