@@ -116,3 +116,15 @@ def test_bad_arguments(arguments, message):
 def test_networks_without_blocks():
     with pytest.raises(LeanError, match='no residual block'):
         remove_blocks(timm.create_model('vgg11'), blocks=['features.0'])
+
+
+@pytest.mark.parametrize('verb', [
+    blocks.rank_blocks, lambda model, x: remove_blocks(model, count=1, calibration=[x])], ids=['rank', 'remove'])
+def test_too_little_memory_to_rank(verb):
+    def full(module, args):
+        if len(args[0]) > 1:  # one image alone finds the blocks
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    model = network()
+    model.conv1.register_forward_pre_hook(full)
+    with pytest.raises(LeanError, match=r'Ranking blocks by 24 images \[3, 32, 32\] ran out of memory: give fewer'):
+        verb(model, X)

@@ -1,4 +1,5 @@
 """The command line as a user meets it: output, exit codes, and one clear line for bad input."""
+import argparse
 import errno
 import json
 import os
@@ -120,6 +121,24 @@ def test_doctor_gives_json(capsys, monkeypatch):
     assert not any('PROBLEM' in line or 'no problems' in line for part in result.values() for line in part)
 
 
+def test_every_command_gives_json():
+    actions = timm_lean_cli.build_parser()._actions
+    (commands,) = (a for a in actions if isinstance(a, argparse._SubParsersAction))
+    assert not [name for name, parser in commands.choices.items() if '--json' not in parser._option_string_actions]
+
+
+def test_the_demo_gives_json(capsys, monkeypatch):
+    def demo(output, **options):
+        print('1. Your network')
+        return {'output': str(output), **options}
+    monkeypatch.setattr('timm_lean_cli.demo_steps.demo', demo)
+    code, out, err = run(capsys, 'demo', '--no-detection', '--epochs', '1', '--output', 'o', '--json')
+    assert code == 0 and json.loads(out) == {'output': 'o', 'epochs': 1}
+    assert 'Your network' in err and 'left out' in err
+    code, out, err = run(capsys, 'demo', '--no-detection')
+    assert code == 0 and not err and out.rstrip().endswith('left out.')
+
+
 @pytest.mark.parametrize('arguments', [
     ['compress', 'x', '--target', 'params=0.5', '-o', 'o'], ['prune', 'x', '-o', 'o'], ['export', 'x', '-o', 'o'],
     ['share', 'x', '--params', '0.5', '-o', 'o'], ['demo']], ids=lambda a: a[0])
@@ -149,9 +168,13 @@ def test_config_file_is_overridden_by_flags(capsys, tmp_path):
     (tmp_path / 'c.yaml').write_text('model: resnet20_cifar\nmodel_args: {layers: [1, 1, 1]}\nepochs: 3\nimg-size: 8\n')
     code, out, err = run(
         capsys, 'train', '--config', tmp_path / 'c.yaml', '--epochs', '1', '--train-images', '64', '--batch-size', '32',
-        '--cache', '--device', 'cpu', '--output', tmp_path / 'o')
+        '--cache', '--device', 'cpu', '--output', tmp_path / 'o', '--json')
     assert code == 0, err
-    assert 'epoch 1/1' in out and (tmp_path / 'o' / 'best.safetensors').is_file()
+    result = json.loads(out)
+    assert 'epoch 1/1' in err and result['best_top1'] == result['last']['eval_top1'] >= 0
+    assert (tmp_path / 'o' / 'best.safetensors').is_file() and result['output'] == str(tmp_path / 'o')
+    code, out, _ = run(capsys, 'train', '--config', tmp_path / 'o' / 'args.yaml', '--resume', '--device', 'cpu')
+    assert code == 0 and f'best top-1 {result["best_top1"]:.2f} % in epoch 1' in out
 
 
 @pytest.fixture

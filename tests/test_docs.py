@@ -126,8 +126,8 @@ def test_the_picture_of_the_rooms_is_the_table_of_contributing():
     assert set(re.findall(r'^ *(\w+)\[', picture, re.MULTILINE)) == uses.keys()
 
 
-def test_the_start_page_names_every_notebook():
-    named = set(re.findall(r'`docs/notebooks/(\w+\.ipynb)`', (ROOT / 'docs' / 'index.md').read_text()))
+def test_the_notebooks_page_links_to_every_notebook():
+    named = set(re.findall(r'\]\(notebooks/(\w+\.ipynb)\)', (ROOT / 'docs' / 'notebooks.md').read_text()))
     assert named == {p.name for p in (ROOT / 'docs' / 'notebooks').glob('*.ipynb')}
 
 

@@ -177,6 +177,22 @@ def test_bad_input_is_one_line(capsys, tmp_path, folder, given, words, monkeypat
     assert not (tmp_path / 'o.safetensors').exists()
 
 
+def test_points_of_ap_need_an_evaluator(capsys, tmp_path, folder):
+    (tmp_path / 'c.py').write_text((folder / 'config.py').read_text() + 'test_evaluator = None\n')
+    code, _, err = run(capsys, 'compress', folder / 'zoo.pth', '--det-config', tmp_path / 'c.py', '--max-drop', '1',
+                       '--target', 'params=0.5', '-o', tmp_path / 'o.safetensors')
+    assert code == 2 and err.count('\n') == 1 and '--max-drop' in err and 'no evaluator' in err
+
+
+def test_dry_run(capsys, tmp_path, folder):
+    code, out, err = run(capsys, *arguments(folder), '--target', 'file=0.4', '--techniques', 'int8', '--judge', '2',
+                         '--dry-run', '-o', tmp_path / 'o.safetensors', '--json')
+    plan = json.loads(out)
+    assert code == 0 and not err and not list(tmp_path.iterdir())
+    assert (plan['judged_by'], plan['judging_images'], plan['calibration_images']) == ('AP', 2, 8)
+    assert [each['int8'] for each in plan['networks']] == [True] and plan['in_reach']
+
+
 def test_what_belongs_to_detectors_is_told_to_other_networks(capsys, tmp_path):
     code, _, err = run(capsys, 'compress', 'resnet20_cifar', '--random-weights', '--target', 'params=0.5',
                        '--data-root', 'x', '-o', tmp_path / 'o.safetensors')

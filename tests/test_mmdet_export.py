@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from mmdet_support import SHARED, batch, predictions_of, scenes_config
+from mmdet_support import SHARED, batch, predictions_of, scenes_config, write_native
 
 from timm_lean.mmdet import load_detector
 from timm_lean.mmdet.detector import build_detector, describe, save_detector
@@ -74,6 +74,28 @@ def test_the_whole_as_a_folder(detector, tmp_path, capsys):
         assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
 
 
+def test_int8_is_calibrated_by_the_configs_images_where_they_are(tmp_path, capsys, monkeypatch):
+    from timm_lean.export import rounding
+    counts, whole = [], rounding.round_weights
+
+    def round_weights(model, *, calibration=None):
+        counts.append(sum(map(len, calibration.batches)))
+        return whole(model)
+    monkeypatch.setattr(rounding, 'round_weights', round_weights)
+    monkeypatch.chdir(tmp_path)
+    write_native(tmp_path)
+    common = ['export', 'zoo.pth', '--det-config', 'config.py', '--det-dir', 'd', '--weights', 'int8']
+    assert main([*common, '--calibrate', '4', '--data-root', 'other']) == 0 and counts == [4]
+    assert 'weights rounded to int8' in capsys.readouterr().out
+    assert load_detector('d').cfg.train_dataloader.dataset.data_root == 'other/'
+    assert main([*common, '--calibrate', '0']) == 0 and counts == [4]
+    with open('config.py', 'a') as f:
+        f.write('train_dataloader = None\n')
+    assert main(common) == 0 and counts == [4]
+    assert 'not calibrated: The config has no train_dataloader' in capsys.readouterr().err
+    assert main([*common, '--calibrate', '8']) == 2
+
+
 def test_info_says_what_a_detector_costs(detector, capsys):
     assert main(['info', str(detector), '--img-size', '64', '--device', 'cpu', '--latency', '--json']) == 0
     report, = json.loads(capsys.readouterr().out)
@@ -88,6 +110,8 @@ def test_info_says_what_a_detector_costs(detector, capsys):
 @pytest.mark.parametrize('options, message', [
     ([], 'is a detector: give --det-dir DIR'),
     (['-o', 'x.safetensors'], 'are for classification'),
+    (['--det-dir', 'x', '--calibrate', '8'], '--weights int8'),
+    (['--onnx', 'x.onnx', '--data-root', '.'], '--weights int8'),
     (['--hf-dir', 'x'], 'are for classification'),
     (['--det-dir', 'x', '--fold'], '--fold is for --onnx'),
     (['--onnx', 'x.pt'], '.onnx'),

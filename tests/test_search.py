@@ -125,6 +125,11 @@ def test_what_is_no_image_batch_is_told(model, batches):
         compress(model, 'params=0.5', batches)
 
 
+def test_too_few_images_to_judge_by_are_told(model, images):
+    with pytest.raises(LeanError, match=r'at least 4 images .*, got 3'):
+        compress(model, 'params=0.5', [images[0][:3]])
+
+
 # sizes ---------------------------------------------------------------------------------------------------------------
 
 def test_sizes_are_those_of_the_file_and_of_the_cheaper_form(model, images, tmp_path):
@@ -220,11 +225,47 @@ def test_what_costs_too_much_is_not_written_unless_the_nearest_will_do(model, im
 def test_out_of_reach_is_told_with_what_is_in_reach(model, images, quick):
     with pytest.raises(TargetError, match=r'out of reach.*share: params 0') as e:
         compress(model, 'params=0.01', images, evaluate=by_params, techniques=['share'])
-    table, refused = reachable(model, 'params=0.01', images, techniques=['share', 'kernels'])
-    assert f'params {table["share"]["params"]:.3g}' in str(e.value)
-    assert 'does not change params' in refused['kernels']
+    outlook = reachable(model, 'params=0.01', images, techniques=['share', 'kernels'])
+    assert f'params {outlook.smallest["share"]["params"]:.3g}' in str(e.value)
+    assert 'does not change params' in outlook.refused['kernels']
+    assert not outlook.in_reach and 'That is out of reach' in str(outlook)
     with pytest.raises(TargetError, match='kernels: it does not change latency'):
         compress(model, 'latency=0.5', images, evaluate=by_params, techniques=['kernels'])
+
+
+@pytest.mark.parametrize('target', ['file=0.5', 'file=0.08', 'file=1GB'], ids=['reached alone', 'together', 'met'])
+def test_the_outlook_names_the_networks_that_a_search_starts_with(model, images, monkeypatch, target):
+    shorten_searches(monkeypatch, mixes=0, steps=1)
+    options = dict(evaluate=by_params, techniques=['share', 'int8'])
+    outlook = reachable(model, target, images, minutes=1, finetune=lambda network: network, **options)
+    report = compress(model, target, images, **options).lean_report
+    assert [c.plan for c in report.candidates] == list(outlook.networks)
+    assert outlook.in_reach and (not outlook.networks) == (target == 'file=1GB')
+    assert (outlook.calibration_images, outlook.held_out_images, outlook.judged_by) == (16, 0, 'accuracy')
+    assert json.loads(json.dumps(outlook.to_dict()))['networks'] == [plan.to_dict() for plan in outlook.networks]
+    assert all(f'. {plan}\n' in str(outlook) for plan in outlook.networks) and 'kernels' not in str(outlook)
+
+
+def test_the_outlook_says_how_networks_are_judged_and_what_is_taken(model, images):
+    text = str(reachable(model, 'file=0.5', images, techniques=['int8'], minutes=3, nearest=True))
+    assert 'until 3 minutes' in text and 'the one that comes nearest' in text and 'mixes' not in text
+    assert 'calibrated by 12 images and judged by its agreement with the original on 4 others' in text
+    with pytest.raises(LeanError, match='minutes'):
+        reachable(model, 'file=0.5', images, minutes=-1)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(model, images, quick, capsys, monkeypatch):
+    options = dict(evaluate=by_params, techniques=['int8'], progress=True)
+    compress(model, 'file=0.5', images, **options)
+    assert capsys.readouterr() == ('', '')
+    monkeypatch.setattr('timm_lean.search.progress._LINE_SECONDS', 0)
+    compress(model, 'file=0.5', images, **options)
+    out, err = capsys.readouterr()
+    assert not out and '\r' not in err
+    assert 'compress: each technique alone, network 1 after 0.' in err and ' of 20 minutes, accuracy ' in err
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
+    compress(model, 'file=0.5', images, **options)
+    assert 'compress, each technique alone: 1 networks [' in capsys.readouterr().err
 
 
 def test_out_of_reach_gives_the_nearest_where_that_will_do(model, images, quick):
@@ -252,15 +293,16 @@ def test_scores_of_another_measure_are_not_gone_on_with(model, images, quick, tm
 
 
 @pytest.mark.parametrize('name, of_use', [('mobilenetv2_035', True), ('resnet20_cifar', False)])
-def test_sharing_is_used_for_macs_where_it_changes_them(name, of_use, images):
+def test_sharing_is_used_for_macs_where_it_changes_them(name, of_use, images, monkeypatch):
     """1 x 1 convolutions get cheaper, 3 x 3 ones are computed from the composed filters."""
+    shorten_searches(monkeypatch, mixes=0, steps=0)
     network = timm.create_model(name, num_classes=10).eval()
-    table, refused = reachable(network, 'macs=0.5', images, techniques=['share', 'channels'])
-    assert ('share' in table) == of_use == ('share' not in refused)
+    outlook = reachable(network, 'macs=0.5', images, techniques=['share'])
+    assert ('share' in outlook.smallest) == of_use == ('share' not in outlook.refused)
     if of_use:
-        assert table['share']['macs'] < 0.9
+        assert outlook.smallest['share']['macs'] < 0.9
     else:
-        assert refused['share'] == 'it hardly changes macs of this network'
+        assert outlook.refused['share'] == 'it hardly changes macs of this network'
 
 
 def test_fine_tuning_decides_between_the_best(model, images, quick):
@@ -303,9 +345,11 @@ def test_bad_arguments_are_named(model, images, options, told):
         compress(model, 'params=0.5', images, **options)
 
 
-def test_too_little_time_is_told(model, images, quick):
+def test_too_little_time_is_told_and_is_no_search_to_go_on_with(model, images, quick, tmp_path):
+    options = dict(evaluate=by_params, techniques=['share'], folder=tmp_path)
     with pytest.raises(LeanError, match='too short'):
-        compress(model, 'params=0.5', images, evaluate=by_params, techniques=['share'], minutes=1e-6)
+        compress(model, 'params=0.5', images, minutes=1e-6, **options)
+    assert compress(model, 'params=0.5', images, **options).lean_report.met
 
 
 @pytest.mark.parametrize('file', [0.3, 0.09])

@@ -39,6 +39,14 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch, checkpoint):
     code, out, _ = run(capsys, 'compress', checkpoint, *DIGITS, '--target', 'params=0.7', '--dry-run',
                        '--techniques', 'share', 'kernels', '-o', 'small.safetensors')
     assert code == 0 and 'share: params 0.' in out and 'kernels is left out: it does not change params' in out
+    assert '1. shared bases with' in out and '2. shared bases with' in out and 'calibrated by 16 images' in out
+    assert 'At most 360 evaluation images judge' in out  # all that the digits have
+    code, out, _ = run(capsys, 'compress', checkpoint, *DIGITS, '--target', 'params=0.7', '--dry-run', '--judge', '40',
+                       '--techniques', 'share', '--max-drop', '1', '--minutes', '3', '--finetune-epochs', '2',
+                       '-o', 'small.safetensors', '--json')
+    plan = json.loads(out)
+    assert code == 0 and (plan['judging_images'], plan['calibration_images'], plan['finetune_epochs']) == (40, 16, 2)
+    assert (plan['max_drop'], plan['minutes'], plan['in_reach'], len(plan['networks'])) == (1, 3, True, 2)
     assert not list(tmp_path.iterdir())
 
 
@@ -49,6 +57,13 @@ def test_what_cannot_be_is_exit_code_3_and_writes_no_checkpoint(capsys, tmp_path
     assert not (tmp_path / 'small.safetensors').exists()
 
 
+def test_the_nearest_is_written_and_the_exit_code_says_that_it_is_not_enough(capsys, tmp_path, checkpoint):
+    code, out, err = run(capsys, 'compress', checkpoint, *DIGITS, '--target', 'file=0.001', '--techniques', 'int8',
+                         '--judge', '40', '--nearest', '-o', tmp_path / 'small.safetensors', '--json')
+    assert code == 3 and not err and json.loads(out)['report']['met'] is False
+    assert (tmp_path / 'small.safetensors').stat().st_size < 0.6 * checkpoint.stat().st_size
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['--target', 'size=0.5'], ["'size'", 'latency']),
     (['--target', 'params=2'], ['params=2', 'needs a unit']),
@@ -56,6 +71,9 @@ def test_what_cannot_be_is_exit_code_3_and_writes_no_checkpoint(capsys, tmp_path
     (['--target', 'params=0.5', '--target', 'params=0.4'], ['2 times']),
     (['--target', 'params=0.5', '--techniques', 'magic'], ["'magic'"]),
     (['--target', 'params=0.5', '--minutes', '0'], ['minutes', '0']),
+    (['--target', 'params=0.5', '--minutes', '0.0001', '--techniques', 'share'], ['too short', '0 networks']),
+    (['--target', 'params=0.5', '--minutes', '-1', '--dry-run'], ['minutes', '-1']),
+    (['--target', 'params=0.5', '--max-drop', '-1', '--dry-run'], ['max_drop', '-1']),
     (['--target', 'params=0.5', '--max-drop', 'nan'], ['max_drop', 'nan']),
     (['--target', 'params=0.5', '--calibrate', '0'], ['--calibrate', '0']),
     (['--target', 'params=0.5', '--judge', '0'], ['--judge', '0']),

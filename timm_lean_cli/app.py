@@ -1,6 +1,6 @@
 """The console script: the parser of all commands, and what becomes of errors.
 
-Exit codes: 0 done, 1 failed (a full disk), 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed (a full disk), 2 bad input, 3 targets of `compress` not met, 130 interrupted.
 """
 import argparse
 import errno

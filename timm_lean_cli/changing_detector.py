@@ -9,7 +9,7 @@ from .arguments import given
 from .figures import Figures, figures_table
 from .opening import finish, is_detector, progress
 
-__all__ = ['change_detector', 'check_detector_flags', 'names_detector']
+__all__ = ['change_detector', 'check_detector_flags', 'detector_calibration', 'names_detector']
 
 # of the flags that classification networks take too, those that detectors take
 _COMMON = ('calibrate', 'finetune_epochs', 'finetune_lr', 'device', 'seed')
@@ -58,7 +58,7 @@ def change_detector(
     check(model)
     scores = detector_scores if args.evaluate else None
     with progress(args):
-        images = _images(args, model.to(device))
+        images = detector_calibration(args, model.to(device))
         columns = {'before': _figures(model, Path(args.model), scores)}
         new: Any = lean_detector(model.to(device), verb, calibration=images, **given(args, 'target'), **options).cpu()
         if not args.json:
@@ -78,7 +78,7 @@ def change_detector(
     return new
 
 
-def _images(args: argparse.Namespace, model: Any) -> Any:
+def detector_calibration(args: argparse.Namespace, model: Any) -> Any:
     """What to calibrate with; None with `--calibrate 0`, and where the data are not there and were not asked for."""
     from timm_lean.calibration import Calibration
     from timm_lean.errors import LeanError

@@ -21,16 +21,19 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--target', action='append', required=True, metavar='QUANTITY=VALUE',
                    help='params, macs, file or latency: a share of the original (params=0.5), or a number with a unit '
                         '(file=500kB, latency=5ms); repeatable, all are met')
-    p.add_argument('--max-drop', type=float, metavar='POINTS', help='of accuracy, or of AP, that may be lost')
+    p.add_argument('--max-drop', type=float, metavar='POINTS',
+                   help='of accuracy, or of AP, that may be lost; if that cannot be, nothing is written (exit code 3)')
     p.add_argument('--nearest', action='store_true',
-                   help='where that is not possible, write the network within --max-drop that comes nearest')
+                   help='where no network meets the targets within --max-drop, write the one within it that comes '
+                        'nearest to them; the exit code is 3 all the same')
     p.add_argument('--techniques', nargs='+', metavar='NAME',
                    help='to use: blocks, channels, share, kernels, int8 (default: all)')
     p.add_argument('--minutes', type=float, metavar='N', help='time for the search (default 20)')
     p.add_argument('--judge', type=int, metavar='N',
                    help='judge networks by so many evaluation images (default 2,000; of a detector 200)')
     p.add_argument('--resume', action='store_true', dest='go_on', help='go on with a search that was stopped')
-    p.add_argument('--dry-run', action='store_true', help='print what could be reached; nothing is written')
+    p.add_argument('--dry-run', action='store_true',
+                   help='print what could be reached and what would be tried; nothing is calibrated or written')
     add_json(p)
     add_trust(p)
     add_calibration(p, positions=False)
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         except TargetError as e:
             print(f'timm-lean compress: {e}', file=sys.stderr)
             if e.nearest:
-                print('Write it by --nearest.', file=sys.stderr)
+                print('--nearest writes it.', file=sys.stderr)
             return NOT_MET
         report = new.lean_report
         case.save(new, output, report.weights)
@@ -89,10 +92,14 @@ def _shown(value: float, unit: str) -> str:
 
 def _dry_run(args: argparse.Namespace, case: Case) -> int:
     from timm_lean.search import reachable
-    table, refused = reachable(case.model, args.target, case.images, **given(args, 'techniques'))
-    lines = ['Smallest shares of the original, without regard to accuracy:']
-    lines += [f'  {name}: ' + ', '.join(f'{quantity} {share:.3f}' for quantity, share in shares.items())
-              for name, shares in table.items()]
-    lines += [f'  {name} is left out: {why}' for name, why in refused.items()]
-    finish(args, {'reachable': table, 'refused': refused}, '\n'.join(lines))
+    outlook = reachable(
+        case.model, args.target, case.images, evaluate=(lambda network: 0.) if case.judging else None,
+        finetune=case.finetune, nearest=args.nearest, **given(args, 'max_drop', 'minutes', 'techniques'))
+    lines = [str(outlook)]
+    if case.judging:
+        lines.append(f'At most {case.judging:,} evaluation images judge (--judge).')
+    if case.finetune:
+        lines.append(f'Training further takes {args.finetune_epochs} epochs (--finetune-epochs).')
+    finish(args, {**outlook.to_dict(), 'judging_images': case.judging, 'finetune_epochs': args.finetune_epochs},
+           '\n'.join(lines))
     return 0

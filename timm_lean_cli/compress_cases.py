@@ -25,6 +25,7 @@ class Case:
     Attributes:
         model: The network.
         images: Batches to calibrate with.
+        judging: Images that `judge` reads, at most; 0 if it gives no function.
         judge: Gives the function that judges networks, None if there is none; reads its images.
         finetune: Trains a network further; None if that is not wanted.
         save: Writes a network: `(network, path, weights)`.
@@ -33,6 +34,7 @@ class Case:
     """
     model: Any
     images: list[Any]
+    judging: int
     judge: Callable[[], Callable[[Any], float] | None]
     finetune: Callable[[Any], Any] | None
     save: Callable[[Any, Path, str], Any]
@@ -81,7 +83,7 @@ def network_case(args: argparse.Namespace, folder: Path) -> Case:
         return {'top1': evaluate_source(args.model, network, progress=sys.stderr.isatty(), **options)['top1']}
 
     return Case(
-        model, images, judge,
+        model, images, 0 if unlabelled else len(judging.dataset), judge,
         finetuned(args, model, tuning, folder) if tuning else None,
         lambda network, path, weights: save_model(network, path, weights=weights), scores, '%')
 
@@ -91,16 +93,21 @@ def detector_case(args: argparse.Namespace) -> Case:
     from timm_lean.errors import LeanError
     from timm_lean.mmdet import average_precision, calibration_images, open_detector, write_detector
     from timm_lean.mmdet.runs import CALIBRATION_IMAGES, detector_scores, finetune_detector, set_data
+    from timm_lean.mmdet.scoring import judging_split
     from timm_lean.training.device import resolve_device
     check_detector_flags(args)
     if args.evaluate and args.dry_run:
         raise LeanError('--dry-run evaluates nothing: leave out --evaluate.')
     model: Any = open_detector(args.model, args.det_config, **given(args, 'trust_imports'))
     set_data(model, args.data_root)
+    judging = (args.judge or _JUDGING_IMAGES_DETECTOR) if judging_split(model.cfg) else 0
+    if args.max_drop is not None and not judging:
+        raise LeanError('--max-drop is points of AP, and the config has no evaluator of a validation or test set. '
+                        'Leave it out: the outputs of the heads judge then.')
     model = model.to(resolve_device(**given(args, name='device')))
 
     def judge() -> Callable[[Any], float] | None:
-        score = average_precision(model, args.judge or _JUDGING_IMAGES_DETECTOR)
+        score = average_precision(model, judging or None)
         if score is None:
             print('The config has no evaluation: networks are judged by the outputs of their heads on a quarter of the '
                   'calibration images.', file=sys.stderr)
@@ -110,7 +117,7 @@ def detector_case(args: argparse.Namespace) -> Case:
         return finetune_detector(network, args.finetune_epochs, args.finetune_lr)
 
     return Case(
-        model, calibration_images(model, args.calibrate or CALIBRATION_IMAGES), judge,
+        model, calibration_images(model, args.calibrate or CALIBRATION_IMAGES), judging, judge,
         None if args.finetune_epochs is None else finetune,
         lambda network, path, weights: write_detector(network, path, weights),
         detector_scores if args.evaluate else lambda network: {}, '')

@@ -1,7 +1,8 @@
 """`timm-lean demo`: a user's story in one go on embedded data, a detector included."""
 import argparse
 
-from .arguments import given
+from .arguments import add_json, given
+from .opening import finish, progress
 
 HELP = 'train a network on the embedded digits, compress it to a target, reload it'
 
@@ -11,6 +12,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--epochs', type=int, help='of training (default 8)')
     p.add_argument('--detection', action=argparse.BooleanOptionalAction,
                    help='with a detector (if MMDetection is installed, where nothing is said)')
+    add_json(p)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,11 +21,14 @@ def run(args: argparse.Namespace) -> None:
 
     from .demo_steps import compress_detector, demo
     detection = importlib.util.find_spec('mmdet') is not None if args.detection is None else args.detection
-    demo(Path(args.output), **given(args, 'epochs'))
-    if detection:
-        from timm_lean.mmdet.demo import detection_demo
-        print('\nAnd a detector')
-        compress_detector(detection_demo(Path(args.output) / 'detection'))
-    else:
-        print("MMDetection is not installed (pip install 'timm-lean[mmdet]') or not wanted: the detector's part is "
-              'left out.')
+    with progress(args):
+        result = demo(Path(args.output), **given(args, 'epochs'))
+        if detection:
+            from timm_lean.mmdet.demo import detection_demo
+            print('\nAnd a detector')
+            result['detector'] = compress_detector(detection_demo(Path(args.output) / 'detection'))
+        else:
+            print("MMDetection is not installed (pip install 'timm-lean[mmdet]') or not wanted: the detector's part is "
+                  'left out.')
+    if args.json:  # else all is told
+        finish(args, result, '')

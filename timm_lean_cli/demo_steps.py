@@ -1,6 +1,6 @@
 """A user's story on the embedded digits: train, say how small it shall be, reload. Every step is checked."""
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ _TRAINING = TrainConfig(
     sched='cosine', warmup_epochs=1, cache=True, channels_last=True)
 
 
-def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
+def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> dict[str, Any]:
     """Run the demo; raises a LeanError at the first step that does not do what it should.
 
     Args:
         output: Folder for checkpoints and pictures; a fresh run folder is made below it each time.
         epochs: Epochs of training.
         minutes: Time for the search.
+
+    Returns:
+        What was found, as JSON data: the run's folder, the training, the search, the networks before and after.
     """
     start = time.perf_counter()
     folder = writable_dir(output) / time.strftime('%Y%m%d-%H%M%S')
@@ -85,6 +88,7 @@ def demo(output: Path, epochs: int = 8, minutes: float = _MINUTES) -> None:
         raise LeanError('The reloaded network gives other outputs than the one that was saved.')
     print(f'\nDone in {time.perf_counter() - start:.0f} s. Picture of all networks that were tried: '
           f'{folder / "frontier.png"}')
+    return {'output': str(folder), 'training': result, 'report': report.to_dict(), 'models': list(map(asdict, reports))}
 
 
 def _print(report: Any) -> None:
@@ -93,7 +97,7 @@ def _print(report: Any) -> None:
         print('   No network that was tried is both small and good enough on this machine: this is the nearest.')
 
 
-def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> Path:
+def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> dict[str, Any]:
     """Compress the detector that was trained; raises a LeanError at the first step that does not do what it should.
 
     Args:
@@ -101,7 +105,7 @@ def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> Path:
         minutes: Time for the search.
 
     Returns:
-        The file of the compressed detector.
+        What was found, as JSON data: the file of the compressed detector, and the search.
     """
     from timm_lean.mmdet import average_precision, calibration_images, load_detector, write_detector
     start = time.perf_counter()
@@ -124,4 +128,4 @@ def compress_detector(source: Path, minutes: float = _DETECTOR_MINUTES) -> Path:
         raise LeanError(f'The reloaded detector has AP {again:.2f} %, it had {report.chosen.score:.2f} %.')
     print(f'Done in {time.perf_counter() - start:.0f} s. Picture of all detectors that were tried: '
           f'{folder / "frontier.png"}')
-    return file
+    return {'output': str(file), 'report': report.to_dict()}

@@ -5,6 +5,7 @@ from typing import Any
 
 from .arguments import add_calibration, add_data, add_json, add_model, add_trust, given
 from .changing import calibration_images
+from .changing_detector import detector_calibration
 from .opening import data_options, finish, is_detector, open_model, progress
 
 HELP = 'write a checkpoint in another form'
@@ -28,10 +29,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--torch-export', metavar='FILE', help='torch.export file (.pt2) with a dynamic batch size')
     p.add_argument('--half', action='store_true', help='store float16 tensors (-o and --hf-dir)')
     p.add_argument('--weights', choices=['float', 'int8'],
-                   help='how -o and --det-dir store weights: int8, with a scale per filter; data given, -o calibrates')
+                   help='how -o and --det-dir store weights: int8, with a scale per filter, and calibrated where there '
+                        'are images: those of --data-dir or --data, of a detector those of its config')
     p.add_argument('--hf-dir', metavar='DIR', help='folder that timm loads as local-dir:DIR')
     p.add_argument('-o', '--output', metavar='FILE', help='checkpoint file')
     add_calibration(p)
+    p.add_argument('--data-root', metavar='DIR', help="detector checkpoint: its data's folder, instead of the config's")
     add_data(p.add_argument_group('images: to check --onnx and --torch-export with; for --int8 and --weights int8'))
     add_json(p)
 
@@ -53,8 +56,10 @@ def _export_classifier(args: argparse.Namespace) -> None:
     from timm_lean.export.table import Form, write_forms
     from timm_lean.measure import count_params, human_bytes
     from timm_lean.training.data import open_eval_loader
-    if args.part:
-        raise LeanError(f'--part is for detectors, and {args.model} is none that says its config.')
+    for flag in ('part', 'data_root'):
+        if getattr(args, flag):
+            raise LeanError(f'--{flag.replace("_", "-")} is for detectors, and {args.model} is none that says its '
+                            'config.')
     if not (args.hf_dir or args.output or args.onnx or args.torch_export):
         raise LeanError('Nothing to write: give --hf-dir DIR, -o FILE, --onnx FILE or --torch-export FILE, or '
                         '--det-dir DIR for a detector.')
@@ -132,10 +137,11 @@ def _int8_images(args: argparse.Namespace, model: Any, options: dict[str, Any]) 
 
 def _export_detector(args: argparse.Namespace) -> None:
     from timm_lean.errors import LeanError
-    if args.output or args.hf_dir or args.half or args.int8 or given(args, 'calibrate', 'calibrate_positions'):
-        raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half, --int8 and --calibrate are for '
-                        'classification. Give --det-dir DIR for its folder, --onnx FILE or --torch-export FILE for its '
-                        'graph.')
+    if args.output or args.hf_dir or args.half or args.int8:
+        raise LeanError(f'{args.model} is a detector: -o, --hf-dir, --half and --int8 are for classification. Give '
+                        '--det-dir DIR for its folder, --onnx FILE or --torch-export FILE for its graph.')
+    if args.weights != 'int8' and given(args, 'calibrate', 'calibrate_positions', 'data_root'):
+        raise LeanError('--calibrate, --calibrate-positions and --data-root are for --det-dir DIR --weights int8.')
     if args.weights and not args.det_dir:
         raise LeanError('--weights is for --det-dir DIR: the graph in --onnx and --torch-export is in float32.')
     if not (args.det_dir or args.onnx or args.torch_export):
@@ -145,7 +151,7 @@ def _export_detector(args: argparse.Namespace) -> None:
         raise LeanError('--fold is for --onnx and --torch-export: detectors are stored as they are trained.')
     _check_files(args)
     options = data_options(args)
-    from timm_lean.mmdet.detector import export_detector
+    from timm_lean.mmdet.detector import open_detector, write_folder
     from timm_lean.mmdet.export import export_forms
     result: dict[str, Any] = {}
     with progress(args):
@@ -156,12 +162,28 @@ def _export_detector(args: argparse.Namespace) -> None:
             print(forms)
             result['forms'] = _as_data(forms.forms, forms.times)
         if args.det_dir:
-            folder = export_detector(
-                args.det_config, args.model, args.det_dir, **given(args, 'trust_imports', 'weights'))
+            model: Any = open_detector(args.model, args.det_config, **given(args, 'trust_imports'))
+            if args.weights == 'int8':
+                model = _rounded_detector(args, model, options['device'])
+            folder = write_folder(model, args.det_dir, **given(args, 'weights'))
             print(f'{folder}: timm_lean.mmdet.load_detector({str(folder)!r})')
             result['det_dir'] = str(folder)
     if args.json:
         finish(args, result, '')
+
+
+def _rounded_detector(args: argparse.Namespace, model: Any, device: Any) -> Any:
+    """The detector as its int8 file holds it, calibrated; as it is where there is nothing to calibrate with."""
+    from timm_lean.export.rounding import round_weights
+    from timm_lean.mmdet import lean_detector
+    from timm_lean.mmdet.runs import set_data
+    set_data(model, args.data_root)
+    images = detector_calibration(args, model.to(device))
+    if images is None:
+        return model.cpu()
+    new: Any = lean_detector(model, round_weights, calibration=images).cpu()
+    print(new.lean_report)
+    return new
 
 
 def _finish_forms(args: argparse.Namespace, forms: list[Any], shape: tuple[int, ...]) -> None:

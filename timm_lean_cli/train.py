@@ -2,8 +2,8 @@
 import argparse
 from typing import Any
 
-from .arguments import MODEL, add_data, add_training, given
-from .opening import is_detector
+from .arguments import MODEL, add_data, add_json, add_training, given
+from .opening import finish, is_detector, progress
 
 HELP = 'train a classification model'
 
@@ -29,6 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_training(p)
     p.add_argument('--output', help='folder of the run (output/MODEL if not given)', metavar='DIR')
     p.add_argument('--resume', help='continue the run in --output', action='store_const', const=True)
+    add_json(p)
     prune = p.add_argument_group('pruning of kernels while training')
     prune.add_argument('--prune', help='by this criterion, e.g. spectral_norm', metavar='CRITERION')
     prune.add_argument('--prune-amount', help='share of the kernels to prune, e.g. 0.7', type=float, metavar='SHARE')
@@ -58,11 +59,12 @@ def run(args: argparse.Namespace) -> None:
     config = TrainConfig.from_args(_merged(load_yaml(args.config) if args.config else {}, _flags(args)))
     if is_detector(config.model):
         raise LeanError(f'{config.model} is a detector: train it by tools/train_det.py.')
-    result = train(config)
+    with progress(args):
+        result = train(config)
     if not is_primary():
         return
-    print(f'best top-1 {result["best_top1"]:.2f} % in epoch {result["best_epoch"]}; '
-          f'{result["output"]}/best.safetensors, last.safetensors, summary.csv, curves.png')
+    finish(args, result, f'best top-1 {result["best_top1"]:.2f} % in epoch {result["best_epoch"]}; '
+           f'{result["output"]}/best.safetensors, last.safetensors, summary.csv, curves.png')
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,12 +14,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_told(limit: float) -> Iterator[None]:
-    """Turn too little memory within into a LeanError that names the limit for activations, in bytes."""
+def memory_told(limit: float | None = None, work: str = 'Calibration') -> Iterator[None]:
+    """Turn too little memory within into a LeanError that says what to lower.
+
+    Args:
+        limit: That of calibration for activations, in bytes, where it is kept to.
+        work: What is done.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        raise LeanError(f'Calibration ran out of memory with memory_limit={limit:g} bytes for activations: lower it, '
-                        'or give fewer images.') from e
+        if limit is None:
+            raise LeanError(f'{work} ran out of memory: give fewer or smaller images.') from e
+        raise LeanError(f'{work} ran out of memory with memory_limit={limit:g} bytes for activations: lower it, or '
+                        'give fewer images.') from e

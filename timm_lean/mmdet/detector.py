@@ -37,7 +37,7 @@ from .weights import DETECTOR_KEY, detector_header, format_version, load_checkpo
 
 __all__ = [
     'build_detector', 'describe', 'export_detector', 'load_detector', 'load_strictly', 'note_pruned', 'open_detector',
-    'save_detector', 'write_detector']
+    'save_detector', 'write_detector', 'write_folder']
 
 CONFIG_FILE = 'config.py'
 WEIGHTS_FILE = 'model.safetensors'
@@ -103,8 +103,18 @@ def export_detector(
     Raises:
         LeanError: The checkpoint does not fit the config, or the folder cannot be written.
     """
-    model: Any = open_detector(checkpoint, config, trust_imports=trust_imports)
-    header = describe(model.cfg, model, model.dataset_meta)
+    return write_folder(open_detector(checkpoint, config, trust_imports=trust_imports), out_dir, weights)
+
+
+def write_folder(model: nn.Module, out_dir: str | Path, weights: str = 'float') -> Path:
+    """Write a detector that has `cfg` and `dataset_meta` as the folder of `export_detector`.
+
+    Args:
+        model: What `open_detector` or `load_detector` gave, restructured or not.
+        out_dir: The folder.
+        weights: 'float' or 'int8', as in `save_model`.
+    """
+    header = describe(model.cfg, model, model.dataset_meta)  # type: ignore[arg-type]
     with atomic_dir(out_dir) as temporary:
         (temporary / CONFIG_FILE).write_text(parse_config(header['config']).pretty_text)  # for people to edit
         save_detector(model, temporary / WEIGHTS_FILE, header, weights)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmdet.registry import DATASETS
+from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 
@@ -17,7 +18,12 @@ from timm_lean.errors import LeanError
 from .checks import registry_errors
 from .fit_machine import prepare
 
-__all__ = ['average_precision', 'headline']
+__all__ = ['average_precision', 'headline', 'judging_split']
+
+
+def judging_split(cfg: Config) -> str | None:
+    """The split whose images and evaluator judge detectors: the validation if it has both, else the test."""
+    return next((s for s in ('val', 'test') if cfg.get(f'{s}_dataloader') and cfg.get(f'{s}_evaluator')), None)
 
 
 def average_precision(detector: Any, images: int | None = None) -> Callable[[nn.Module], float] | None:
@@ -36,7 +42,7 @@ def average_precision(detector: Any, images: int | None = None) -> Callable[[nn.
     if images is not None and (type(images) is not int or images < 1):
         raise LeanError(f'Judging needs a whole number of images of at least 1, got {images!r}.')
     cfg = copy.deepcopy(detector.cfg)
-    split = next((s for s in ('val', 'test') if cfg.get(f'{s}_dataloader') and cfg.get(f'{s}_evaluator')), None)
+    split = judging_split(cfg)
     if split is None:
         return None
     prepare(cfg, (split,))

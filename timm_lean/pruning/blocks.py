@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from timm_lean.calibration import Calibration, calibrate
+from timm_lean.calibration.memory import memory_told
 from timm_lean.calibration.moments import all_reduce
 from timm_lean.checkpoint.recipe import record_step, register_step
 from timm_lean.errors import LeanError
@@ -290,12 +291,13 @@ def _effects(
         return x.double().square().sum()
 
     def outputs(network: nn.Module) -> torch.Tensor:
-        return torch.cat([tensor.flatten() for tensor in tree_leaves(network(images))])
+        with memory_told(work=f'Ranking blocks by {len(images)} images {list(images.shape[1:])}'):
+            return torch.cat([tensor.flatten() for tensor in tree_leaves(network(images))])
 
     truth = outputs(copy.deepcopy(original).eval())
     trial = copy.deepcopy(new).eval()
     handles = [trial.get_submodule(name).register_forward_hook(measure(index)) for index, name in enumerate(names)]
-    trial(images)
+    outputs(trial)
     for handle in handles:
         handle.remove()
     for index, name in enumerate(names):

@@ -38,7 +38,7 @@ class Journal:
         self.rows: dict[str, dict[str, Any]] = {}
         self._head = {'search': key, 'finished': False}
         there = self._read() if self.path is not None and self.path.exists() else []
-        if there and not there[0].get('finished') and not resume:
+        if len(there) > 1 and not there[0].get('finished') and not resume:  # without a candidate nothing is lost
             raise LeanError(f'{self.path} holds an unfinished search: go on with it by resume, or remove it.')
         if there and resume:
             if there[0].get('search') != key:

@@ -89,5 +89,6 @@ def split_images(batches: Iterable[Any], judging: bool) -> tuple[list[torch.Tens
         images = [piece for x in images for piece in x.split(max(len(x) // _HELD_OUT, 1))]
     held = images[_HELD_OUT - 1::_HELD_OUT]
     if not held:
-        raise LeanError(f'Compression needs at least {_HELD_OUT} images without evaluate=: a quarter judges.')
+        raise LeanError(f'Compression needs at least {_HELD_OUT} images where a quarter of them judges (without '
+                        f'evaluate=), got {sum(map(len, images))}.')
     return [x for i, x in enumerate(images) if i % _HELD_OUT != _HELD_OUT - 1], held

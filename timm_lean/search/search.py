@@ -7,14 +7,13 @@ which the curves promise most (`curves`); then the neighbours of the best.
 """
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
-from tqdm import tqdm
 
 from timm_lean.errors import LeanError
 from timm_lean.layers.lean_report import hand_over
@@ -22,7 +21,9 @@ from timm_lean.layers.lean_report import hand_over
 from .curves import Curve, Mix, all_mixes, neighbours, predict_factor, predict_loss
 from .journal import Journal, fingerprint
 from .judge import Judge, split_images
+from .outlook import Outlook
 from .plan import TECHNIQUES, Plan
+from .progress import Progress
 from .report import Candidate, CompressReport
 from .space import Space, scaled
 from .subject import subject_of
@@ -89,15 +90,32 @@ def compress(
 
 
 def reachable(
-        model: nn.Module, target: TargetSpec, batches: Iterable[Any], *, techniques: Collection[str] = TECHNIQUES,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """How small each technique alone, and all together, can make each targeted quantity; nothing is calibrated.
+        model: nn.Module,
+        target: TargetSpec,
+        batches: Iterable[Any],
+        *,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        techniques: Collection[str] = TECHNIQUES,
+        max_drop: float | None = None,
+        minutes: float = 20.,
+        finetune: Callable[[nn.Module], nn.Module] | None = None,
+        nearest: bool = False,
+) -> Outlook:
+    """What `compress` could reach with the same arguments, and what it would do; it takes no calibration.
+
+    Of `evaluate` and `finetune` it matters only whether they are given: no network is judged or trained.
 
     Returns:
-        For each technique the smallest share of the original's per quantity; and those left out, with the reason.
+        A printable `Outlook`: how small each technique, and all together, can make each targeted quantity; the networks
+        that a search starts with; what is left out, with the reason.
+
+    Raises:
+        LeanError: Arguments that cannot be met.
     """
-    search = _Search(model, target, batches, lambda model: 0., techniques, None, 1., None, False, False)
-    return search.space.reachable(), search.space.refused
+    _check(techniques, max_drop, minutes, evaluate)
+    score = None if evaluate is None else lambda model: 0.
+    search = _Search(model, target, batches, score, techniques, max_drop, float('inf'), None, False, False)
+    return search.outlook(minutes, finetune is not None, nearest)
 
 
 class _Search:
@@ -113,6 +131,7 @@ class _Search:
         self.minutes, self.max_drop = minutes, max_drop
         self.model = copy.deepcopy(unwrap_model(model)).eval()
         self.images, held = split_images(batches, judging=evaluate is None)
+        self.held = sum(map(len, held))
         self.subject = subject_of(self.model, self.images)
         try:
             self.judge = Judge(self.subject, evaluate, held)
@@ -131,7 +150,7 @@ class _Search:
         self.losses: dict[str, dict[float, float]] = {name: {0.: 0.} for name in self.space.techniques}
         self.networks: dict[Plan, nn.Module] = {}  # of the best, so that they need not be made twice
         self.tuned: dict[Plan, nn.Module] = {}
-        self.bar = tqdm(desc='compress', unit=' networks', disable=not progress, leave=False)
+        self.progress = Progress(progress, minutes, self.start)
 
     def run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
         """The whole search."""
@@ -142,7 +161,7 @@ class _Search:
             raise
 
     def _run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
-        with self.bar:
+        with self.progress.bar:
             if self._met(self.original):
                 return self._finish(self.original, self.model)
             if not self.space.techniques:
@@ -156,16 +175,34 @@ class _Search:
                 return self._finish(candidate, self._network(candidate))
             tuned = []
             if finetune is not None:
+                self.progress.stage('fine-tuning')
                 tuned = [self._tune(c, finetune) for c in best[:_TUNED]]
                 best = self._sorted([*tuned, *best])
             if not self._allowed(best[0]):
                 best = [self._nearest(best[0], nearest)]
         return self._finish(best[0], self._network(best[0]), tuned)
 
+    def outlook(self, minutes: float, finetune: bool, nearest: bool) -> Outlook:
+        """What `run` would do."""
+        plans = [] if self._met(self.original) else [self.space.plan(amounts) for amounts in self._single_amounts()]
+        return Outlook(
+            targets=self.targets, original=self.original.sizes, smallest=self.space.reachable(),
+            refused=dict(self.space.refused),
+            networks=tuple(plan for plan in dict.fromkeys(plans) if plan != Plan()),
+            most_mixes=_MOST_MIXES, patience=_PATIENCE, minutes=minutes,
+            judged_by=self.judge.name, calibration_images=sum(map(len, self.images)), held_out_images=self.held,
+            max_drop=self.max_drop, nearest=nearest, finetuned=_TUNED if finetune else 0)
+
     # what is tried -------------------------------------------------------------------------------------------------
 
     def _single_techniques(self) -> None:
-        """Every technique alone: as far as the target asks, or as it goes, and half of that.
+        """Every technique alone."""
+        self.progress.stage('each technique alone')
+        for amounts in self._single_amounts():
+            self._try(amounts)
+
+    def _single_amounts(self) -> Iterator[dict[str, float]]:
+        """Of every technique alone: as far as the target asks, or as it goes, and half of that.
 
         Of a search that is cut short the first network is an answer: one technique that meets the targets, else all
         together.
@@ -176,20 +213,21 @@ class _Search:
                 return
             reaches[name] = factor = self.space.reach({name: 1.})
             if factor is not None:
-                self._try({name: factor})
+                yield {name: factor}
         if not any(reaches.values()):
             everything = dict.fromkeys(reaches, 1.)
             factor = self.space.reach(everything)
             if factor is not None:
-                self._try(scaled(everything, factor))
+                yield scaled(everything, factor)
         for part in (1., 0.5):
             for name, factor in reaches.items():
-                self._try({name: part * (factor or 1.)})
+                yield {name: part * (factor or 1.)}
 
     def _mixes(self) -> None:
         """Mixes, the most promising first, until none is better for a while."""
         if self._late:
             return
+        self.progress.stage('mixes of techniques')
         names = self.space.techniques
         waiting = set(filter(_sensible, all_mixes(names, _PARTS)))
         seen: set[Mix] = {((name, 1.),) for name in names}
@@ -254,8 +292,7 @@ class _Search:
             self.losses[name].update({_ANY: loss, 1.: loss} if name == 'int8' else {amount: loss})
         keep = {c.plan for c in self._sorted([c for c in self.found.values() if self._met(c)])[:_TUNED]}
         self.networks = {plan: network for plan, network in self.networks.items() if plan in keep}
-        self.bar.update()
-        self.bar.set_postfix_str(f'{self.judge.name} {candidate.score:.2f} %')
+        self.progress.network(f'{self.judge.name} {candidate.score:.2f} %', str(candidate))
 
     def _tune(self, candidate: Candidate, finetune: Callable[[nn.Module], nn.Module]) -> Candidate:
         plan = candidate.plan
