@@ -13,6 +13,7 @@ import torch_pruning as tp
 from conftest import randomize_batchnorm
 
 from timm_lean import Calibration, CheckpointError, LeanError, load_model, save_model
+from timm_lean.calibration import output_scores
 from timm_lean.checkpoint.format import read_header, save_hf_dir
 from timm_lean.checkpoint.recipe import build, recipe_of
 from timm_lean.layers import SharedBasisConv2d
@@ -93,6 +94,18 @@ def test_channels_chosen_by_what_they_do():
     assert new.lean_report.kept['0'] == best and 5 not in best
     with pytest.raises(LeanError, match='needs calibration=LOADER'):
         prune_channels(model, images[:1], criterion='output')
+
+
+def test_scores_found_before_choose_the_same_channels():
+    model, images = model_of('resnet20_cifar'), torch.randn(8, 3, 32, 32)
+    options = dict(criterion='output', pruning_ratio=0.3, round_to=1, global_pruning=True)
+    scores = output_scores(model, None, [images])
+    new = prune_channels(model, images[:1], scores=scores, **options)
+    assert new.lean_report.kept == prune_channels(model, images[:1], calibration=[images], **options).lean_report.kept
+    assert len({len(kept) for name, kept in new.lean_report.kept.items() if name.startswith('layer3')}) > 1
+    for wrong in (dict(criterion='weight'), dict(iterative_steps=2)):
+        with pytest.raises(LeanError, match="scores are for criterion='output'"):
+            prune_channels(model, images[:1], scores=scores, **{**options, **wrong})
 
 
 class Twice(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from timm_lean.errors import LeanError
-from timm_lean.pruning import prune_kernels, rank_blocks
+from timm_lean.pruning import prune_channels, prune_kernels, rank_blocks
 
 from .detector import write_detector
 from .on_images import on_images, runnable_part
@@ -47,11 +47,16 @@ class DetectorSubject:
     def apply(self, verb: Callable[..., nn.Module], model: nn.Module, **options: Any) -> nn.Module:
         if verb is prune_kernels:  # heads start with far smaller weights: one threshold for all would empty them
             options.setdefault('scope', 'layer')
+        if verb is prune_channels and options.get('calibration') is not None:
+            options.setdefault('criterion', 'output')
         return lean_detector(model, verb, **options)
 
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
         with on_images(self.model, self._part):
             return rank_blocks(self.model, images)
+
+    def rank_channels(self, images: torch.Tensor) -> None:
+        """Nothing: each layer loses the same share, chosen when it is pruned."""
 
     @torch.no_grad()
     def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

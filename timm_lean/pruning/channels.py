@@ -6,7 +6,7 @@ silently skipped and grouped convolutions stay valid.
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ def prune_channels(
         group_reduction: str = 'mean',
         normalizer: str | Callable[[torch.Tensor], torch.Tensor] | None = 'mean',
         importance: Callable[[Any], torch.Tensor | None] | None = None,
+        scores: Mapping[str, torch.Tensor] | None = None,
         between_steps: Callable[[nn.Module, int], None] | None = None,
         calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
@@ -112,6 +113,7 @@ def prune_channels(
         group_reduction: See `SpectralImportance`; has no effect with 'output'.
         normalizer: See `SpectralImportance`.
         importance: Any Torch-Pruning importance instead of the criterion.
+        scores: For 'output' in one step: what `calibration.output_scores` gave for this network before.
         between_steps: Called as `(model, step)` after every step but the last, e.g. to train.
         calibration: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them: the channels that
             are left make up for those that went, see `calibrate`.
@@ -127,8 +129,10 @@ def prune_channels(
         calibration = Calibration.of(calibration).hold()
     if criterion != _BY_IMAGES:
         check_criterion(criterion)
-    elif calibration is None:
+    elif calibration is None and scores is None:
         raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a channel does.")
+    if scores is not None and (criterion != _BY_IMAGES or iterative_steps != 1):
+        raise LeanError("scores are for criterion='output' and one step: after each the network is another one.")
     _check(pruning_ratio, round_to, max_pruning_ratio, iterative_steps)
     check_float32(model, 'prune_channels')
     _check_model(model, example_inputs)
@@ -140,13 +144,20 @@ def prune_channels(
     given_back = classifier_modules(new) if hasattr(new, 'get_classifier') else output_layers(graph)
     ignored = {*given_back, *_ignored(new, include, exclude)}
     start: dict[str, int] = {}
+
+    def choice() -> SpectralImportance:
+        if criterion != _BY_IMAGES:
+            return SpectralImportance(criterion, group_reduction, normalizer)
+        found = output_scores(new, None, calibration) if scores is None else scores  # type: ignore[arg-type]
+        layers = dict(new.named_modules())
+        return OutputImportance({layers[name]: found[name] for name in found.keys() & layers.keys()}, normalizer)
+
     for step in range(1, iterative_steps + 1):
         if step > 1:
             if between_steps is not None:
                 between_steps(new, step - 1)
             graph = build_graph(new, x)
-        groups, unchanged = _score(
-            new, graph, importance or _importance_by(criterion, new, calibration, normalizer, group_reduction), ignored)
+        groups, unchanged = _score(new, graph, importance or choice(), ignored)
         for group in groups:
             start.setdefault(group.name, group.channels)
         cuts, too_few = _plan(groups, start, pruning_ratio * step / iterative_steps, limits)
@@ -265,16 +276,6 @@ def _score(
         raise LeanError(f'{type(model).__name__} has no channels to prune: '
                         f'{reasons or "all groups are left out or reach the output"}.{hint if shared else ""}')
     return groups, unchanged
-
-
-def _importance_by(
-        criterion: str, model: nn.Module, calibration: Any, normalizer: Any, reduction: str,
-) -> Callable[[Any], torch.Tensor | None]:
-    """The importance of channels of a network as it is now."""
-    if criterion != _BY_IMAGES:
-        return SpectralImportance(criterion, reduction, normalizer)
-    scores = output_scores(model, None, calibration)
-    return OutputImportance({model.get_submodule(name): values for name, values in scores.items()}, normalizer)
 
 
 def _importance(importance: Callable[[Any], torch.Tensor | None], group: Any) -> torch.Tensor | None:

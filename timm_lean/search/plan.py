@@ -64,8 +64,7 @@ class Plan:
                 model = subject.apply(remove_blocks, model, blocks=self.blocks, calibration=images)
             if self.channels:
                 model = subject.apply(
-                    prune_channels, model, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images,
-                    **({} if images is None else {'criterion': 'output'}))
+                    prune_channels, model, pruning_ratio=self.channels, round_to=_ROUND_TO, calibration=images)
             if self.share < 1:
                 model = subject.apply(share, model, params=self.share, calibration=images)
             if self.kernels:

@@ -14,9 +14,10 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
+from timm_lean.calibration import output_scores
 from timm_lean.checkpoint.format import save_model
 from timm_lean.checkpoint.recipe import recipe_of
-from timm_lean.pruning import rank_blocks
+from timm_lean.pruning import prune_channels, rank_blocks
 
 __all__ = ['Network', 'Subject', 'subject_of']
 
@@ -40,6 +41,9 @@ class Subject(Protocol):
 
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
         """See `pruning.rank_blocks`."""
+
+    def rank_channels(self, images: torch.Tensor) -> None:
+        """Look at what channels do, before `apply` prunes any; the same channels go from then on."""
 
     def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         """What a network says of images `[B, C, H, W]`."""
@@ -70,14 +74,24 @@ class Network:
     def __init__(self, model: nn.Module, images: Sequence[torch.Tensor]):
         self.model = model
         self.x = images[0][:1].to(next(model.parameters()).device)
+        self._channels: dict[str, Any] = {}  # how they are chosen
 
     def apply(self, verb: Callable[..., nn.Module], model: nn.Module, **options: Any) -> nn.Module:
+        if verb is prune_channels:
+            options = {**self._channels, **options}
         if 'example_inputs' in inspect.signature(verb).parameters:
             options['example_inputs'] = self.x
         return verb(model, **options)
 
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
         return rank_blocks(self.model, images)
+
+    def rank_channels(self, images: torch.Tensor) -> None:
+        # of all layers together: those that do little lose many, which keeps far more than the same share of each
+        scores = output_scores(self.model, None, [images])
+        layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in self.model.modules())
+        if 2 * len(scores) > layers:  # not where weights are standardized, whose layers have no scores
+            self._channels = {'criterion': 'output', 'scores': scores, 'global_pruning': True}
 
     @torch.no_grad()
     def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
