@@ -30,6 +30,7 @@ from timm.data import create_transform
 from tqdm import tqdm
 
 import timm_lean
+from timm_lean.measure import count_macs, count_params
 from timm_lean.training.data import model_data_config, open_dataset
 from timm_lean.training.device import resolve_device
 
@@ -82,6 +83,9 @@ def run(args: argparse.Namespace) -> str:
     if args.agreement:
         labels = first_choice(model, images)
     before = accuracy(model, images, labels)
+
+    def macs(network: nn.Module) -> int:
+        return count_macs(network, images[:1].shape)
     output = Path(args.output) if args.output else None
     rows = json.loads(output.read_text())['rows'] if output is not None and output.is_file() else []
     for name, compress in techniques(model, images[:1].to(device), args.round_to, args.agreement).items():
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> str:
                 new: Any = compress(batches)
                 row['calibrated'].append(accuracy(new, images, labels))
                 row['errors'].append((new.calibration_report.before, new.calibration_report.after))
+            row['left'] = [count(new) / count(model) for count in (count_params, macs)]
             row['seconds'] = (time.perf_counter() - start) / args.seeds
             plain = compress(None)
             row['plain'] = None if plain is None else accuracy(plain, images, labels)
@@ -135,17 +140,18 @@ def first_choice(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def format_rows(before: float, rows: Sequence[dict[str, Any]], agreement: bool = False) -> str:
     """A Markdown table, one line per technique and strength."""
     of = 'agreement' if agreement else f'from {before:.1f} %'
-    lines = [f'| {of} | without % | calibrated % | spread | output error before, after | seconds |',
-             '|' + ' --- |' * 6]
+    lines = [f'| {of} | params, MACs left | without % | calibrated % | spread | output error before, after | seconds |',
+             '|' + ' --- |' * 7]
     for row in rows:
         if 'refused' in row:
-            lines.append(f'| {row["name"]} | refused: {row["refused"]} |  |  |  |  |')
+            lines.append(f'| {row["name"]} | refused: {row["refused"]} |  |  |  |  |  |')
             continue
         values = row['calibrated']
         spread = statistics.stdev(values) if len(values) > 1 else 0.
         errors = ', '.join(f'{statistics.mean(column):.3f}' for column in zip(*row['errors'], strict=True))
         plain = '' if row['plain'] is None else f'{row["plain"]:.1f}'
-        lines.append(f'| {row["name"]} | {plain} | {statistics.mean(values):.1f} | {spread:.2f} | {errors} '
+        left = ', '.join(f'{part:.0%}' for part in row['left'])
+        lines.append(f'| {row["name"]} | {left} | {plain} | {statistics.mean(values):.1f} | {spread:.2f} | {errors} '
                      f'| {row["seconds"]:.0f} |')
     return '\n'.join(lines)
 
