@@ -18,8 +18,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add_model(p, 'checkpoint file, timm name, local-dir:DIR, or a detector')
     p.add_argument('--det-dir', metavar='DIR', help='detector checkpoint: folder for load_detector')
     p.add_argument('--det-config', metavar='FILE', help='detector checkpoint: its config, if it is a .pth')
-    p.add_argument('--part', choices=['whole', 'features', 'backbone'],
-                   help='detector checkpoint: what --onnx and --torch-export write (default whole, up to the boxes)')
+    p.add_argument('--part', choices=['whole', 'features', 'backbone', 'boxes'],
+                   help='detector checkpoint: what --onnx and --torch-export write (default whole, up to the boxes; '
+                        'boxes: with NMS, one image at a time)')
     add_trust(p)
     p.add_argument('--fold', nargs='?', const='all', choices=['all', 'auto'],
                    help='fold shared bases into dense convolutions first; auto: only where faster here')

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm_lean.checkpoint.files import atomic_file
 from timm_lean.errors import LeanError
 
-__all__ = ['RunnableForm', 'check_onnx_installed', 'half', 'onnx_form', 'save_onnx', 'save_torch_export',
+__all__ = ['RunnableForm', 'check_onnx_installed', 'exporting', 'half', 'onnx_form', 'save_onnx', 'save_torch_export',
            'torch_export_form']
 
 _TOLERANCE = 1e-3  # of the largest output; rounding stays two orders below
@@ -60,7 +60,7 @@ def save_onnx(
         with torch.no_grad():
             example = model(images[:1])
         names = ['output'] if isinstance(example, torch.Tensor) else [f'level_{i}' for i in range(len(example))]
-    with _quiet(), _export_errors('ONNX'):
+    with exporting('ONNX'):
         program = torch.onnx.export(model, (images[:2],), dynamo=True, verbose=False, input_names=['images'],
                                     output_names=list(names), dynamic_shapes=({0: torch.export.Dim('batch')},))
         assert program is not None
@@ -91,7 +91,7 @@ def onnx_form(source: bytes | str | Path) -> RunnableForm:
 def save_torch_export(model: nn.Module, images: torch.Tensor, path: str | Path) -> float:
     """Write a model by torch.export with a dynamic batch size; see `save_onnx`."""
     buffer = io.BytesIO()
-    with _quiet(), _export_errors('torch.export'):
+    with exporting('torch.export'):
         program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim('batch')},))
         torch.export.save(program, buffer)
     error = _compare(model, torch_export_form(buffer.getvalue()), images, 'torch.export')
@@ -142,9 +142,11 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _export_errors(kind: str) -> Iterator[None]:
+def exporting(kind: str) -> Iterator[None]:
+    """Within, an exporter (`kind` in messages) prints nothing, and what it raises is a LeanError of one line."""
     try:
-        yield
+        with _quiet():
+            yield
     except Exception as e:  # the exporters raise their own, many kinds
         raise LeanError(f'{kind} cannot express this model: {type(e).__name__}: '
                         f'{str(e).strip().partition(chr(10))[0][:300]}') from e

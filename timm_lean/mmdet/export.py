@@ -1,7 +1,8 @@
-"""Detectors as ONNX and torch.export files for other runtimes: the tensors of their heads, their features, or less.
+"""Detectors as ONNX and torch.export files for other runtimes: boxes, the tensors of their heads, features, or less.
 
-The selection of boxes (NMS) is not in the files. In a detector of one stage all before it is; the second stage of a
-two-stage detector looks at boxes that the first one selects, so there the graph ends with the first.
+The selection of boxes (NMS) of a one-stage detector can be in the files (`boxes.py`); as a rule they end before it.
+The second stage of a two-stage detector looks at boxes that the first one selects, so there the graph ends with the
+first.
 """
 import copy
 import tempfile
@@ -20,6 +21,7 @@ from timm_lean.errors import LeanError
 from timm_lean.export.auto import fold_as_asked
 from timm_lean.export.table import Form, format_forms, time_forms, write_forms
 
+from .boxes import own_boxes, select_boxes, write_boxes
 from .detector import open_detector
 from .on_images import PARTS
 from .predict import read_image
@@ -29,6 +31,7 @@ __all__ = ['DetectorForms', 'export_forms', 'graph_of']
 
 _CHECK_IMAGES = 8
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp')
+_PARTS = (*PARTS, 'boxes')
 IMG_SIZE = 320
 
 
@@ -37,7 +40,8 @@ class DetectorForms:
     """What `export_forms` wrote; `str()` says it.
 
     Attributes:
-        outputs: Name of every output, its stride (0 if it is no map) and its channels.
+        outputs: Name of every output, its stride (0 if it is no map) and its channels; of boxes, how many have no
+            number, nothing.
         forms: The same part in PyTorch, then the files.
         times: Milliseconds of each.
         shape: `[1, 3, H, W]`, the input of the latencies in the table.
@@ -53,6 +57,7 @@ class DetectorForms:
         outputs = ', '.join(
             f'{name}: ' + (f'stride {stride}, ' if stride else '') + f'{channels} channels'
             for name, stride, channels in self.outputs)
+        outputs = outputs or 'boxes [N, 4] (x1, y1, x2, y2 in pixels of the input), scores [N], labels [N]'
         notes = [*self.notes, *(form.note for form in self.forms), f'outputs: {outputs}']
         return '\n'.join([*filter(None, notes), format_forms(self.forms, self.times, self.shape)])
 
@@ -79,7 +84,8 @@ def export_forms(
         config: The detector's config, if the source does not say it.
         part: 'whole': what the heads of a one-stage detector give, `head_<i>_level_<j>` the i-th of their outputs; of
             two stages features and region proposals before their selection. 'features': the neck's outputs `level_<j>`
-            (the backbone's if there is no neck). 'backbone': the backbone's.
+            (the backbone's if there is no neck). 'backbone': the backbone's. 'boxes': the `boxes`, `scores` and
+            `labels` that a one-stage detector finds in one image, selected as its `test_cfg` says.
         onnx: The `.onnx` file to write.
         torch_export: The `.pt2` file to write.
         fold: Fold shared bases first: 'all' of them, or 'auto', those that are faster dense on `device`.
@@ -92,24 +98,31 @@ def export_forms(
         LeanError: Not a detector, one whose head cannot be exported, too few images, or a form that computes something
             else.
     """
-    if part not in PARTS:
-        raise LeanError(f'part must be one of {", ".join(PARTS)}, got {part!r}.')
+    if part not in _PARTS:
+        raise LeanError(f'part must be one of {", ".join(_PARTS)}, got {part!r}.')
     detector: Any = open_detector(source, config, trust_imports=trust_imports)
     if part == 'whole' and isinstance(detector, DetectionTransformer):
         raise LeanError(f'{source}: the head of a {type(detector).__name__} reads the sizes of its images, which is no '
                         "graph of images alone. Its features can be exported: --part features (part='features').")
     device, cpu = torch.device(device), torch.device('cpu')
-    shape = (1, 3, img_size, img_size)
     images = _normalized(_images(data_dir, img_size), detector.data_preprocessor)
+    shape = (1, *images.shape[1:])
+    boxes = own_boxes(source, detector, images) if part == 'boxes' else None
     graph: nn.Module = _Graph(detector, part).eval()
-    with torch.no_grad():
-        tensors = graph(images[:1])
-    outputs = tuple((name, img_size // tensor.shape[2] if tensor.ndim == 4 else 0, tensor.shape[1])
+    tensors = {}
+    if boxes is None:
+        with torch.no_grad():
+            tensors = graph(images[:1])
+    outputs = tuple((name, shape[2] // tensor.shape[2] if tensor.ndim == 4 else 0, tensor.shape[1])
                     for name, tensor in tensors.items())
     first = Form.of_file(source, graph, device, f'{part} of {source}')
     graph, folded = fold_as_asked(graph, fold, shape, device)
-    forms = [first, *write_forms(_Unnamed(graph).to(cpu).eval(), images, onnx=onnx, torch_export=torch_export,
-                                 names=list(tensors))]
+    unnamed = _Unnamed(graph).to(cpu).eval()
+    if boxes is None:
+        written = write_forms(unnamed, images, onnx=onnx, torch_export=torch_export, names=list(tensors))
+    else:
+        written = write_boxes(unnamed, images, boxes, onnx=onnx, torch_export=torch_export)
+    forms = [first, *written]
     note = ''
     if part == 'whole' and isinstance(detector, TwoStageDetector):
         note = 'two stages: backbone, neck and region proposals (before their selection); the second stage is left out'
@@ -134,6 +147,8 @@ class _Graph(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         detector: Any = self.detector
+        if self.part == 'boxes':
+            return select_boxes(detector, images)
         if self.part == 'backbone':
             return _named('level', detector.backbone(images))
         features = detector.extract_feat(images)

@@ -88,7 +88,8 @@ def image_samples(images: torch.Tensor) -> list[DetDataSample]:
     """What a detector is told of a batch of images that were neither resized nor padded."""
     size = tuple(images.shape[2:])
     return [DetDataSample(metainfo=dict(
-        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.)))
+        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.),
+        border=(0, 0, 0, 0)))  # CenterNet asks what was padded on each side
         for _ in images]
 
 
