@@ -36,7 +36,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
                    help='print what could be reached and what would be tried; nothing is calibrated or written')
     add_json(p)
     add_trust(p)
-    add_calibration(p, positions=False)
+    add_calibration(p, positions=False, default='512, of a detector 64')
     add_finetuning(p)
     add_detector(p, part=False)
 
