@@ -1,5 +1,7 @@
 """Calibration of whole networks: what it must keep, what it must improve, and what it must refuse."""
 import copy
+import weakref
+from collections.abc import Sequence
 
 import pytest
 import timm
@@ -115,6 +117,46 @@ def test_little_memory_means_fewer_images_for_the_first_layers(images, unseen):
     samples = {layer.name: layer.samples for layer in new.calibration_report.layers}
     assert samples['conv1'] < samples['layer2.1.conv1'] and samples['fc'] == 48
     assert error(new, original, unseen) < error(model, original, unseen)
+
+
+def test_outputs_that_have_no_room_judge_nothing(images):
+    original = network()
+    one = 4 * 4 * sum(tensor.numel() for tensor in original(images[:1]))  # bytes of the outputs of four images
+    new = calibrate(pruned(original), original, images.split(16), memory_limit=2 * one)
+    assert (new.calibration_report.images, new.calibration_report.held_out) == (48, 8)
+
+
+class Prepared(Sequence):
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, images):
+        self.images, self.made = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        batch = self.images[index] * 1
+        self.made.append(weakref.ref(batch.untyped_storage()))
+        return batch
+
+
+def test_batches_of_a_sequence_are_not_kept(images):
+    original = network()
+    model = pruned(original)
+    batches = Prepared(images.split(16))
+    most = 0
+
+    def watch(*_):
+        nonlocal most
+        most = max(most, sum(made() is not None for made in batches.made))
+
+    original.conv1.register_forward_pre_hook(watch)
+    one = 8 * 16 * 16 * 4  # bytes of a map of the first stage
+    new = calibrate(model, original, batches, memory_limit=2 * 4 * one)
+    assert 0 < most <= 2 < len(batches) < len(batches.made)
+    expected = calibrate(model, original, images.split(16), memory_limit=2 * 4 * one)
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), expected.parameters(), strict=True))
 
 
 def test_fewer_samples_than_inputs(images):

@@ -113,7 +113,8 @@ def test_output_errors_are_summed_on_the_device(waits, monkeypatch):
     """NCCL joins what lies on GPUs only."""
     places = []
     monkeypatch.setattr(outputs, 'all_reduce', lambda tensors: places.extend(t.device.type for t in tensors))
-    chunk = SimpleNamespace(part=lambda held: SimpleNamespace(run=lambda network: network(torch.randn(4, 3, 32, 32))))
+    part = SimpleNamespace(run=lambda network: network(torch.randn(4, 3, 32, 32)), held=range(4))
+    chunk = SimpleNamespace(part=lambda held: part)
     with torch.no_grad():
         held, made = outputs.HeldOutputs(small().eval(), [chunk] * 3), waits.count
         held.error(small().eval())

@@ -31,7 +31,7 @@ def detector(folder):
 
 @pytest.fixture(scope='module')
 def images(detector):
-    return calibration_images(detector, 8)
+    return list(calibration_images(detector, 8))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from timm_lean import CheckpointError, LeanError, prune_channels, prune_kernels, share
-from timm_lean.mmdet import export_detector, lean_detector, load_detector, open_detector
+from timm_lean.mmdet import calibration_images, export_detector, lean_detector, load_detector, open_detector
 from timm_lean.mmdet.detector import save_detector, write_detector
 from timm_lean.mmdet.on_images import on_images
 from timm_lean.mmdet.structure import steps_of
@@ -158,6 +158,15 @@ def test_it_computes_what_the_whole_does_with_those_channels_at_zero(detector):
 
 
 @pytest.mark.slow
+def test_calibration_images_are_kept_as_bytes_and_prepared_when_asked_for(detector):
+    batches = calibration_images(detector)
+    assert [len(x) for x in batches] == [4, 4] and len(batches[:1]) == 1
+    kept = [image for batch in batches._batches for image in batch]
+    assert {image.dtype for image in kept} == {torch.uint8} and len({image.sum().item() for image in kept}) == 8
+    expected = detector.data_preprocessor(dict(inputs=kept[:4]))['inputs']
+    assert torch.equal(batches[0], expected) and torch.equal(batches[0], batches[0])
+
+
 def test_calibration_brings_the_outputs_back(detector):
     images = [torch.randn(8, 3, 64, 64) for _ in range(4)]
     x = torch.randn(2, 3, 64, 64)

@@ -59,10 +59,11 @@ def add_data(p: argparse._ActionsContainer, folder: str = 'folder with val/ or t
     p.add_argument('--device', help='auto (default), cpu, cuda, cuda:N, ...')
 
 
-def add_calibration(p: argparse.ArgumentParser, positions: bool = True) -> None:
+def add_calibration(
+        p: argparse.ArgumentParser, positions: bool = True, default: str = '512 with data, 0: not') -> None:
     """Training images by which a changed network is repaired at once, see `timm_lean.calibration`."""
     p.add_argument('--calibrate', type=int, metavar='N',
-                   help='repair the result at once by N training images without labels (default 512 with data, 0: not)')
+                   help=f'repair the result at once by N training images without labels (default {default})')
     if not positions:
         return
     p.add_argument('--calibrate-positions', type=int, metavar='N',

@@ -33,7 +33,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--dry-run', action='store_true', help='print what could be reached; nothing is written')
     add_json(p)
     add_trust(p)
-    add_calibration(p, positions=False)
+    add_calibration(p, positions=False, default='512, of a detector 64')
     add_finetuning(p)
     add_detector(p, part=False)
 

@@ -14,6 +14,7 @@ from .opening import data_options, open_model
 __all__ = ['Case', 'detector_case', 'network_case']
 
 _CALIBRATION_IMAGES = 512
+_CALIBRATION_IMAGES_DETECTOR = 64  # they are large, and every candidate is calibrated
 _JUDGING_IMAGES = 2000
 _JUDGING_IMAGES_DETECTOR = 200
 
@@ -90,7 +91,7 @@ def detector_case(args: argparse.Namespace) -> Case:
     """A detector: images and accuracy are those of its config."""
     from timm_lean.errors import LeanError
     from timm_lean.mmdet import average_precision, calibration_images, open_detector, write_detector
-    from timm_lean.mmdet.runs import CALIBRATION_IMAGES, detector_scores, finetune_detector, set_data
+    from timm_lean.mmdet.runs import detector_scores, finetune_detector, set_data
     from timm_lean.training.device import resolve_device
     check_detector_flags(args)
     if args.evaluate and args.dry_run:
@@ -110,7 +111,7 @@ def detector_case(args: argparse.Namespace) -> Case:
         return finetune_detector(network, args.finetune_epochs, args.finetune_lr)
 
     return Case(
-        model, calibration_images(model, args.calibrate or CALIBRATION_IMAGES), judge,
+        model, list(calibration_images(model, args.calibrate or _CALIBRATION_IMAGES_DETECTOR)), judge,
         None if args.finetune_epochs is None else finetune,
         lambda network, path, weights: write_detector(network, path, weights),
         detector_scores if args.evaluate else lambda network: {}, '')

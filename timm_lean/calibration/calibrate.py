@@ -83,7 +83,7 @@ class _Fit:
             uses[id(p)] > 1 for p in new.get_submodule(name).parameters(recurse=False))}
         try:
             self.survey, self.survey0 = (survey(network, self.names, chunks) for network in (new, original))
-            self.outputs = HeldOutputs(original, chunks)
+            self.outputs = HeldOutputs(original, chunks, setting.memory_limit)
         except LeanError:
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError) as e:
@@ -98,8 +98,8 @@ class _Fit:
 
     def run(self) -> None:
         report = CalibrationReport()
-        report.held_out = sum(int(chunk.held.sum()) for chunk in self.chunks)
-        report.images = sum(len(chunk.held) for chunk in self.chunks) - report.held_out
+        report.held_out = self.outputs.images
+        report.images = sum(int((~chunk.held).sum()) for chunk in self.chunks)
         report.before = report.after = self.outputs.error(self.new)
         used = [name for name in self.names if name in self.survey.counts]
         groups = [] if self.setting.biases_only else find_groups(self.new, self.original, used)

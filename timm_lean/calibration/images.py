@@ -1,6 +1,7 @@
 """The calibration images: taken from a loader once, checked, cut into pieces, a quarter held out."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ class Chunk:
     """Images that go through the networks together.
 
     Attributes:
-        batch: Images `[B, C, H, W]`, or what `forward` takes.
+        load: Gives images `[B, C, H, W]`, or what `forward` takes; the same ones whenever it is called.
         held: Which of its images are held out, `[B]` on the CPU.
         forward: Runs a network on it.
     """
-    batch: Any
+    load: Callable[[], Any]
     held: torch.Tensor
     forward: Callable[[nn.Module, Any], Any] = _call
+
+    @property
+    def batch(self) -> Any:
+        return self.load()
 
     def run(self, network: nn.Module) -> Any:
         """The outputs of a network, the batch moved to where its parameters are."""
@@ -52,13 +57,14 @@ class Chunk:
             return self
         if not bool(chosen.any()):
             return None
-        return Chunk(self.batch[chosen], self.held[chosen], self.forward)
+        return Chunk(lambda: self.batch[chosen], self.held[chosen], self.forward)
 
     def sample(self) -> 'Chunk':
         """As little of it as shows how a network runs: two copies of one image, or a batch not looked into."""
         if self.forward is not _call:
             return self
-        return Chunk(torch.cat([self.batch[:1]] * 2), self.held[:1].repeat(2), self.forward)
+        two = torch.cat([self.batch[:1]] * 2)
+        return Chunk(lambda: two, self.held[:1].repeat(2), self.forward)
 
     @property
     def bytes(self) -> int:
@@ -68,6 +74,8 @@ class Chunk:
 
 def load_chunks(calibration: Calibration) -> list[Chunk]:
     """Take all images of a loader; what else its batches hold (labels) is never looked at.
+
+    The batches of a sequence are asked for whenever they are needed instead of being kept.
 
     Raises:
         LeanError: There are no images or too few to hold some out, something that is no image batch, NaN.
@@ -93,33 +101,44 @@ def of_samples(held: torch.Tensor, samples: int) -> torch.Tensor:
 def _image_chunks(calibration: Calibration) -> list[Chunk]:
     chunks: list[Chunk] = []
     count = 0
-    for batch in calibration.batches:
-        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    given = calibration.batches
+    batches = given if isinstance(given, Sequence) else list(map(_images, given))
+    for index in range(len(batches)):
+        images = _images(batches[index])
         if not isinstance(images, torch.Tensor) or images.ndim < 2 or not images.is_floating_point():
             kind = f'{list(images.shape)} {images.dtype}' if isinstance(images, torch.Tensor) else type(images).__name__
             raise LeanError(f'Calibration needs batches of images [B, C, H, W] as float tensors, or tuples that start '
                             f'with them, got {kind}.')
         _check_finite(images, f'images {count} to {count + len(images) - 1}')
         size = max(1, min(_CHUNK_IMAGES, _CHUNK_VALUES // max(images[:1].numel(), 1)))
-        for piece in images.detach().split(size) if len(images) else ():
-            held = torch.arange(count, count + len(piece)) % HELD_OUT == HELD_OUT - 1
-            chunks.append(Chunk(piece, held))
-            count += len(piece)
+        for start in range(0, len(images), size):
+            numbers = torch.arange(count, count + min(size, len(images) - start))
+            chunks.append(Chunk(partial(_piece, batches, index, start, size), numbers % HELD_OUT == HELD_OUT - 1))
+            count += len(numbers)
     return chunks
+
+
+def _images(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def _piece(batches: Sequence[Any], index: int, start: int, size: int) -> torch.Tensor:
+    return _images(batches[index]).detach()[start:start + size]
 
 
 def _whole_batches(calibration: Calibration) -> list[Chunk]:
     """Batches that only the caller's `forward` understands."""
     assert calibration.forward is not None
     chunks = []
-    for index, batch in enumerate(calibration.batches):
+    batches = calibration.batches if isinstance(calibration.batches, Sequence) else list(calibration.batches)
+    for index, batch in enumerate(batches):
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         for tensor in tensors:
             _check_finite(tensor, f'images of batch {index}')
         stacked = [len(tensor) for tensor in tensors if tensor.ndim == 4]
         count = stacked[0] if stacked else max(sum(tensor.ndim == 3 for tensor in tensors), 1)
         held = torch.full((count,), index % HELD_OUT == HELD_OUT - 1)
-        chunks.append(Chunk(batch, held, calibration.forward))
+        chunks.append(Chunk(partial(batches.__getitem__, index), held, calibration.forward))
     return chunks
 
 

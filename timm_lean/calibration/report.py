@@ -35,7 +35,7 @@ class CalibrationReport:
         rounds: Rounds of reconstruction that were kept.
         reestimated: Whether the statistics of the batch norms were measured anew, that is, whether it helped.
         images: Images fitted to.
-        held_out: Images held out.
+        held_out: Images held out, by which it is judged.
     """
     layers: list[LayerFit] = field(default_factory=list)
     before: float = 0.

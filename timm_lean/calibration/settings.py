@@ -1,5 +1,5 @@
 """What to calibrate with, and how: the images and the options of `calibrate`."""
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ class Calibration:
 
     Attributes:
         batches: A few hundred images as batches `[B, C, H, W]`, or tuples that start with them; with `forward`,
-            whatever that takes. A quarter is held out.
+            whatever that takes. A quarter is held out. A sequence is asked for its batches again and again, so it may
+            prepare them then, always in the same way; of anything else they are kept.
         forward: `(network, batch)` runs a network that is not called with images alone, a detector say, and returns
             its outputs, tensors in any nesting; it must not change the batch. Batches are then not looked into: every
             fourth is held out as a whole.
@@ -28,7 +29,7 @@ class Calibration:
         biases_only: Change biases alone, and means of batch norms in their place: where weights have to stay on a
             grid, as those stored in int8 do.
         reestimate_bn: Measure the batch norms' statistics anew at the end, if that lowers the output error.
-        memory_limit: Bytes that activations may take.
+        memory_limit: Bytes that activations may take, and that outputs for held-out images may.
         progress: Show a progress bar.
 
     Raises:
@@ -68,5 +69,5 @@ class Calibration:
         return cls(calibration, **options)
 
     def hold(self) -> 'Calibration':
-        """The same with its batches in a list, to be gone through more than once."""
-        return self if isinstance(self.batches, list) else replace(self, batches=list(self.batches))
+        """The same with its batches in a sequence, to be gone through more than once."""
+        return self if isinstance(self.batches, Sequence) else replace(self, batches=list(self.batches))

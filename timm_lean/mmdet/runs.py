@@ -4,7 +4,7 @@ import copy
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .settings import parse_config
 
 __all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'detector_scores', 'finetune_detector', 'set_data']
 
-CALIBRATION_IMAGES = 64
+CALIBRATION_IMAGES = 512
 _BATCH = 4
 _FACTOR = 0.1  # of the config's learning rate, for fine-tuning
 
@@ -39,8 +39,11 @@ def set_data(detector: Any, data_root: str | Path | None) -> None:
 
 
 def calibration_images(
-        detector: Any, count: int = CALIBRATION_IMAGES, cfg: Config | None = None) -> list[torch.Tensor]:
+        detector: Any, count: int = CALIBRATION_IMAGES, cfg: Config | None = None) -> Sequence[torch.Tensor]:
     """Images of the config's training set, spread over all of it and prepared as for a test: no augmentation, no boxes.
+
+    They are in an order that is the same each time, and of which every beginning is spread over the set too: what has
+    no room for all of them takes the first.
 
     Args:
         detector: With `cfg`, unless that is given.
@@ -48,7 +51,9 @@ def calibration_images(
         cfg: The config.
 
     Returns:
-        Batches `[B, 3, H, W]` on the detector's device, as its preprocessor hands them to the backbone.
+        Batches `[B, 3, H, W]` on the detector's device, as its preprocessor hands them to the backbone. They are kept
+        as the pipeline gives them, in bytes as a rule, and prepared whenever they are asked for: as floats they take
+        four times the memory.
 
     Raises:
         LeanError: The config has no training set or its files are not there.
@@ -68,14 +73,25 @@ def calibration_images(
         except FileNotFoundError as e:
             raise LeanError(f'The training set has no {e.filename}. Give the folder of the data by --data-root '
                             '(data_root), or do without calibration.') from e
-    step = max(len(dataset) / count, 1.)
-    samples = [dataset[int(i * step)] for i in range(min(count, len(dataset)))]
-    batches = []
-    for start in range(0, len(samples), _BATCH):
-        chosen = samples[start:start + _BATCH]
-        data = dict(inputs=[s['inputs'] for s in chosen], data_samples=[s['data_samples'] for s in chosen])
-        batches.append(detector.data_preprocessor(data, training=False)['inputs'])
-    return batches
+    count = min(count, len(dataset))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return _Prepared([dataset[i * len(dataset) // count]['inputs'] for i in order], detector.data_preprocessor)
+
+
+class _Prepared(Sequence[torch.Tensor]):
+    """Batches of images, prepared when they are asked for."""
+
+    def __init__(self, images: Sequence[torch.Tensor], preprocessor: Any):
+        self._batches = [images[i:i + _BATCH] for i in range(0, len(images), _BATCH)]
+        self._preprocessor = preprocessor
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self._preprocessor(dict(inputs=list(self._batches[index])), training=False)['inputs']
 
 
 def detector_scores(detector: Any) -> dict[str, float]:
