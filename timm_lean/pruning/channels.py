@@ -130,7 +130,8 @@ def prune_channels(
     if criterion != _BY_IMAGES:
         check_criterion(criterion)
     elif calibration is None and scores is None:
-        raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a channel does.")
+        raise LeanError("criterion='output' needs calibration=LOADER (--data-dir DIR), whose images say what a channel "
+                        'does.')
     if scores is not None and (criterion != _BY_IMAGES or iterative_steps != 1):
         raise LeanError("scores are for criterion='output' and one step: after each the network is another one.")
     _check(pruning_ratio, round_to, max_pruning_ratio, iterative_steps)

@@ -273,8 +273,8 @@ def prune_kernels(
         calibration = Calibration.of(calibration).hold()
     if criterion == 'output':
         if calibration is None or amount is None:
-            raise LeanError("criterion='output' needs calibration=LOADER, whose images say what a kernel does, and an "
-                            'amount.')
+            raise LeanError("criterion='output' needs calibration=LOADER (--data-dir DIR), whose images say what a "
+                            'kernel does, and an amount.')
         names = [bank.name for bank in find_filter_banks(model, include, exclude, user='Kernel pruning')]
         scores = output_scores(model, names, calibration)
     report = KernelPruner(
