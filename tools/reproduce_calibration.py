@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> str:
 
     def macs(network: nn.Module) -> int:
         return count_macs(network, images[:1].shape)
+
     output = Path(args.output) if args.output else None
     rows = json.loads(output.read_text())['rows'] if output is not None and output.is_file() else []
     for name, compress in techniques(model, images[:1].to(device), args.round_to, args.agreement).items():
@@ -150,7 +151,7 @@ def format_rows(before: float, rows: Sequence[dict[str, Any]], agreement: bool =
         spread = statistics.stdev(values) if len(values) > 1 else 0.
         errors = ', '.join(f'{statistics.mean(column):.3f}' for column in zip(*row['errors'], strict=True))
         plain = '' if row['plain'] is None else f'{row["plain"]:.1f}'
-        left = ', '.join(f'{part:.0%}' for part in row['left'])
+        left = ', '.join(f'{part:.0%}' for part in row.get('left', ()))
         lines.append(f'| {row["name"]} | {left} | {plain} | {statistics.mean(values):.1f} | {spread:.2f} | {errors} '
                      f'| {row["seconds"]:.0f} |')
     return '\n'.join(lines)

@@ -101,8 +101,7 @@ def of_samples(held: torch.Tensor, samples: int) -> torch.Tensor:
 def _image_chunks(calibration: Calibration) -> list[Chunk]:
     chunks: list[Chunk] = []
     count = 0
-    given = calibration.batches
-    batches = given if isinstance(given, Sequence) else list(map(_images, given))
+    batches: Any = calibration.hold().batches
     for index in range(len(batches)):
         images = _images(batches[index])
         if not isinstance(images, torch.Tensor) or images.ndim < 2 or not images.is_floating_point():
@@ -130,7 +129,7 @@ def _whole_batches(calibration: Calibration) -> list[Chunk]:
     """Batches that only the caller's `forward` understands."""
     assert calibration.forward is not None
     chunks = []
-    batches = calibration.batches if isinstance(calibration.batches, Sequence) else list(calibration.batches)
+    batches: Any = calibration.hold().batches
     for index, batch in enumerate(batches):
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
         for tensor in tensors:

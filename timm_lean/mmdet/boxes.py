@@ -202,7 +202,7 @@ def _distances(first: Boxes, second: Boxes, side: int) -> tuple[torch.Tensor, to
     """Pixels from each box to the nearest one of the other list with its class and its score, infinite if there is
     none, for both lists."""
     if not _count(first) or not _count(second):
-        return tuple(boxes[1].new_full((_count(boxes),), torch.inf) for boxes in (first, second))  # type: ignore
+        return torch.full_like(first[1], torch.inf), torch.full_like(second[1], torch.inf)
     off = (first[0][:, None] - second[0]).abs().amax(2)
     other = (first[2][:, None] != second[2]) | ((first[1][:, None] - second[1]).abs() > _TOLERANCE)
     off = off.masked_fill(other | (off > _TOLERANCE * side), torch.inf)

@@ -106,7 +106,7 @@ def export_detector(
     return write_folder(open_detector(checkpoint, config, trust_imports=trust_imports), out_dir, weights)
 
 
-def write_folder(model: nn.Module, out_dir: str | Path, weights: str = 'float') -> Path:
+def write_folder(model: Any, out_dir: str | Path, weights: str = 'float') -> Path:
     """Write a detector that has `cfg` and `dataset_meta` as the folder of `export_detector`.
 
     Args:
@@ -114,7 +114,7 @@ def write_folder(model: nn.Module, out_dir: str | Path, weights: str = 'float') 
         out_dir: The folder.
         weights: 'float' or 'int8', as in `save_model`.
     """
-    header = describe(model.cfg, model, model.dataset_meta)  # type: ignore[arg-type]
+    header = describe(model.cfg, model, model.dataset_meta)
     with atomic_dir(out_dir) as temporary:
         (temporary / CONFIG_FILE).write_text(parse_config(header['config']).pretty_text)  # for people to edit
         save_detector(model, temporary / WEIGHTS_FILE, header, weights)

@@ -149,7 +149,10 @@ def prune_channels(
     def choice() -> SpectralImportance:
         if criterion != _BY_IMAGES:
             return SpectralImportance(criterion, group_reduction, normalizer)
-        found = output_scores(new, None, calibration) if scores is None else scores  # type: ignore[arg-type]
+        found = scores
+        if found is None:
+            assert calibration is not None
+            found = output_scores(new, None, calibration)
         layers = dict(new.named_modules())
         return OutputImportance({layers[name]: found[name] for name in found.keys() & layers.keys()}, normalizer)
 
