@@ -8,13 +8,10 @@ from mmdet_support import TOOLS, batch, predictions_of, write_native
 from timm_lean import LeanError
 from timm_lean.mmdet import load_detector, open_detector
 from timm_lean.mmdet.boxes import own_boxes, select_boxes, write_boxes
-from timm_lean.mmdet.detector import build_detector, describe, save_detector
+from timm_lean.mmdet.detector import describe, save_detector
 from timm_lean.mmdet.export import graph_of
 from timm_lean.mmdet.on_images import on_images, prediction_layers
-from timm_lean.mmdet.settings import open_config
 from timm_lean_cli import main
-
-from conftest import randomize_batchnorm  # isort: skip
 
 spec = importlib.util.spec_from_file_location('detector_matrix', TOOLS / 'detector_matrix.py')
 matrix = importlib.util.module_from_spec(spec)
@@ -122,8 +119,7 @@ def test_the_files(native, tmp_path, capsys):
 
 
 def detector_of(config, side):
-    torch.manual_seed(0)
-    detector = randomize_batchnorm(build_detector(open_config(f'mmdet::{config}.py')))
+    detector = matrix.new_detector(config)
     images = torch.randn(2, 3, side, side)
     return settle_outputs(detector, images), images
 
@@ -144,7 +140,7 @@ def test_kinds(name, tmp_path):
 @pytest.mark.parametrize('name', REFUSED)
 def test_kinds_that_cannot(name, tmp_path):
     config = matrix.DETECTORS.get(name, f'{name}/{name}_r50_fpn_1x_coco')
-    detector = build_detector(open_config(f'mmdet::{config}.py')).eval()
+    detector = matrix.new_detector(config)
     images = torch.randn(2, 3, 128, 128)
     with pytest.raises(LeanError, match=REFUSED[name]):
         detector = settle_outputs(detector, images) if name == 'yolov3_mobilenetv2' else detector

@@ -133,11 +133,7 @@ def try_detector(
     Yields:
         The technique, and `works` with the share of parameters left, or `refused: REASON`.
     """
-    cfg = open_config(f'mmdet::{DETECTORS[name]}.py')
-    torch.manual_seed(0)
-    detector: Any = build_detector(cfg).eval()
-    detector.cfg, detector.dataset_meta = cfg, {'classes': [str(i) for i in range(80)]}
-    _settle_norms(detector)
+    detector = new_detector(DETECTORS[name])
     side = _SIDES.get(name, _SIDE)
     ways: dict[str, Callable[[], str]] = {
         'regularizer': lambda: _regularized(detector, side),
@@ -163,13 +159,24 @@ def try_detector(
 
 
 @torch.no_grad()
-def _settle_norms(detector: nn.Module) -> None:
-    """Give batch norms statistics other than those of new ones, as training does."""
+def new_detector(config: str) -> Any:
+    """A detector of MMDetection's own config, such as `ssd/ssd300_coco`, with random weights, in eval mode.
+
+    Its batch norms have weights and statistics other than those of new ones, as after training.
+    """
+    cfg = open_config(f'mmdet::{config}.py')
+    cfg.model.backbone.init_cfg = None  # nothing is downloaded
+    torch.manual_seed(0)
+    detector: Any = build_detector(cfg).eval()
+    detector.init_weights()  # until then parameters of SSD and Deformable DETR are whatever memory held
     generator = torch.Generator().manual_seed(0)
     for module in detector.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.weight.uniform_(0.5, 1.5, generator=generator)
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+    detector.cfg, detector.dataset_meta = cfg, {'classes': [str(i) for i in range(80)]}
+    return detector
 
 
 def _changed(detector: Any, side: int, verb: Callable[..., Any], **options: Any) -> str:
