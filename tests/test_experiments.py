@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from timm_lean import LeanError
@@ -33,6 +35,24 @@ def tools(monkeypatch):
 def report(tools):
     import experiments_report
     return experiments_report
+
+
+def test_channels_are_compared_at_equal_sizes(tools):
+    """Those chosen by images with those of Torch-Pruning: of each layer the same share, or as many parameters."""
+    import experiments_compress as lab
+    torch.manual_seed(0)
+    model = timm.create_model('lean_resnet', layers=(1, 1), widths=(16, 32), num_classes=10).eval()
+    images = [torch.randn(32, 3, 16, 16)]
+    count = lab.count_params
+
+    def left(technique, size):
+        return count(lab.compress(model, technique, size, images, images[0]))
+
+    assert left('channels-by-images', 0.25) == left('torch-pruning-cut', 0.25) < count(model)
+    assert left('channels-together', 0.5) == pytest.approx(0.5 * count(model), rel=0.03)
+    assert left('torch-pruning', 0.5) == pytest.approx(0.5 * count(model), rel=0.03)
+    with pytest.raises(LeanError, match='needs --calibrate N'):
+        lab.compress(model, 'channels-by-images', 0.25, None, images[0])
 
 
 def write_queue(folder, text):

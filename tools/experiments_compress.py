@@ -8,6 +8,9 @@ Techniques, and what --size means for them:
   share               share of the parameters that is left
   kernels             share of the kernels that is pruned, by spectral norm
   channels            share of every layer's channels that is removed, by spectral norm
+  channels-by-images  the same share, of those channels that the next layers need least for the calibration's images
+  channels-together   share of the parameters that is left by removing channels of all layers together, by the images,
+                      as `timm-lean compress` does
   blocks              number of residual blocks that are removed, those first that change the output least
   torch-pruning       share of the parameters that is left by removing channels by Torch-Pruning's magnitude importance
   torch-pruning-cut   share of every layer's channels that are removed by it: the same sizes as `channels`
@@ -32,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reproduce_sharing import cheapest_macs
 
 from timm_lean import LeanError, load_model, prune_channels, prune_kernels, save_model, share
+from timm_lean.calibration import output_scores
 from timm_lean.checkpoint.files import atomic_file, writable_dir
 from timm_lean.measure.report import count_params
 from timm_lean.pruning import rank_blocks, remove_blocks
@@ -52,9 +56,15 @@ def compress(model: nn.Module, technique: str, size: float, batches: Any, x: tor
         return prune_kernels(model, amount=size, **repair)
     if technique == 'blocks':
         return remove_blocks(model, blocks=rank_blocks(model, x)[:int(size)], **repair)
-    importance = tp.importance.MagnitudeImportance(p=2) if technique.startswith('torch-pruning') else None
-    cut = partial(prune_channels, model, x[:1], importance=importance)
-    if technique != 'torch-pruning':
+    cut = partial(prune_channels, model, x[:1])
+    if technique.startswith('torch-pruning'):
+        cut = partial(cut, importance=tp.importance.MagnitudeImportance(p=2))
+    elif technique != 'channels':
+        if batches is None:
+            raise LeanError(f'--technique {technique} needs --calibrate N, whose images say what a channel does.')
+        cut = partial(cut, criterion='output', scores=output_scores(model, None, batches),
+                      global_pruning=technique == 'channels-together')
+    if technique not in ('torch-pruning', 'channels-together'):
         return cut(pruning_ratio=size, round_to=ROUND_TO, **repair)
     goal = size * count_params(model)
     ratio = nearest(lambda ratio: count_params(cut(pruning_ratio=ratio, round_to=1)) - goal)
@@ -104,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
         prog='experiments_compress', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', required=True, metavar='FILE')
     p.add_argument('--technique', required=True, choices=[
-        'none', 'share', 'kernels', 'channels', 'blocks', 'torch-pruning', 'torch-pruning-cut'])
+        'none', 'share', 'kernels', 'channels', 'channels-by-images', 'channels-together', 'blocks', 'torch-pruning',
+        'torch-pruning-cut'])
     p.add_argument('--size', type=float, default=1.)
     p.add_argument('--calibrate', type=int, default=0, metavar='N', help='unlabelled training images (default: none)')
     p.add_argument('--data-dir', required=True, metavar='DIR')

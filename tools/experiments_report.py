@@ -33,13 +33,17 @@ QUESTIONS = {
 }
 _ALONE = 'trained on without calibration'
 _AFTER = ('plain', 'calibrated', 'trained on', _ALONE)  # how the names of question 2 end
-_RIVALS = {'share': 'torch-pruning', 'channels': 'torch-pruning-cut'}  # of equal sizes
+_RIVALS = {  # of equal sizes
+    'share': 'torch-pruning', 'channels': 'torch-pruning-cut', 'channels-by-images': 'torch-pruning-cut',
+    'channels-together': 'torch-pruning'}
 _WAYS = f"""The dense networks of question 1, made smaller at once (plain), repaired with 512 unlabelled training images
 (calibrated), then trained for 2 epochs more (trained on), or trained without having been calibrated ({_ALONE}); `none`
 shows what those epochs do to a network as it was. Compare techniques within one of these columns only. Accuracy is on
 all test images, points are against the dense network of the same seed. Size is the share of the parameters that is left
-for `share` and `torch-pruning`, the share of kernels pruned for `kernels`, of each layer's channels removed for
-`channels` and `torch-pruning-cut`, and the number of residual blocks removed for `blocks`."""
+for `share`, `torch-pruning` and `channels-together`, the share of kernels pruned for `kernels`, of each layer's
+channels removed for `channels`, `channels-by-images` and `torch-pruning-cut`, and the number of residual blocks removed
+for `blocks`. `channels-by-images` and `channels-together` choose by the 512 images which channels go, of each layer the
+same share or of all layers together; the latter is what `compress` does."""
 _DETECTION = """RTMDet-tiny (MMDetection's own), trained from scratch for only 12 epochs on 292 images at 320 x 240: far
 from what it could learn, and with 72 test images AP moves by points. What counts is what is kept of the first row. Made
 smaller at once (plain), repaired with 64 training images without their boxes (calibrated), then trained for 1 epoch
