@@ -55,7 +55,7 @@ class DetectorSubject:
         with on_images(self.model, self._part):
             return rank_blocks(self.model, images)
 
-    def rank_channels(self, images: torch.Tensor) -> None:
+    def rank_channels(self) -> None:
         """Nothing: each layer loses the same share, chosen when it is pruned."""
 
     @torch.no_grad()

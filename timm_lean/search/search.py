@@ -142,7 +142,13 @@ class _Search:
         self.journal = Journal(folder, fingerprint(self.subject, [*self.images, *held], self.judge.says), resume)
         same = [x for x in self.images if x.shape[1:] == self.images[0].shape[1:]]
         ranking = torch.cat(same)[:self.subject.ranking_images].to(self.subject.x.device)
-        self.space = Space(self.subject, ranking, techniques, self.targets)
+        self.progress = Progress(progress, minutes, self.start)
+        self.progress.stage('looking at what each technique can do')
+        try:
+            self.space = Space(self.subject, ranking, techniques, self.targets)
+        except BaseException:
+            self.progress.bar.close()
+            raise
         self.original = Candidate(Plan(), self.space.original, self.judge.reference)
         self.limits = [t.limit(self.original.sizes) / self.original.sizes[t.quantity] for t in self.targets]
         self.found: dict[Plan, Candidate] = {}
@@ -150,7 +156,6 @@ class _Search:
         self.losses: dict[str, dict[float, float]] = {name: {0.: 0.} for name in self.space.techniques}
         self.networks: dict[Plan, nn.Module] = {}  # of the best, so that they need not be made twice
         self.tuned: dict[Plan, nn.Module] = {}
-        self.progress = Progress(progress, minutes, self.start)
 
     def run(self, finetune: Callable[[nn.Module], nn.Module] | None, nearest: bool) -> nn.Module:
         """The whole search."""

@@ -36,7 +36,7 @@ class Space:
 
     Args:
         subject: The original, and what can be done with it.
-        images: Some images `[N, C, H, W]` to rank blocks and channels by.
+        images: Some images `[N, C, H, W]` to rank blocks by.
         techniques: Those of `plan.TECHNIQUES` to use.
         targets: What is to become smaller; techniques that cannot help any of them are left out.
 
@@ -74,7 +74,7 @@ class Space:
             if name == 'blocks':
                 self._blocks = self.subject.rank_blocks(images)
             elif name == 'channels':
-                self.subject.rank_channels(images)
+                self.subject.rank_channels()
             elif name == 'share':
                 self._floor = shareable_range(self.model)[0]
             plan = self.plan({name: 0.5})

@@ -42,8 +42,8 @@ class Subject(Protocol):
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
         """See `pruning.rank_blocks`."""
 
-    def rank_channels(self, images: torch.Tensor) -> None:
-        """Look at what channels do, before `apply` prunes any; the same channels go from then on."""
+    def rank_channels(self) -> None:
+        """Look at what channels do for its images, before `apply` prunes any; the same go from then on."""
 
     def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         """What a network says of images `[B, C, H, W]`."""
@@ -73,6 +73,7 @@ class Network:
 
     def __init__(self, model: nn.Module, images: Sequence[torch.Tensor]):
         self.model = model
+        self.images = images
         self.x = images[0][:1].to(next(model.parameters()).device)
         self._channels: dict[str, Any] = {}  # how they are chosen
 
@@ -86,9 +87,10 @@ class Network:
     def rank_blocks(self, images: torch.Tensor) -> list[str]:
         return rank_blocks(self.model, images)
 
-    def rank_channels(self, images: torch.Tensor) -> None:
-        # of all layers together: those that do little lose many, which keeps far more than the same share of each
-        scores = output_scores(self.model, None, [images])
+    def rank_channels(self) -> None:
+        # of all layers together: those that do little lose many, which keeps far more than the same share of each; by
+        # all images: of 64 the covariances of wide layers are poor
+        scores = output_scores(self.model, None, self.images)
         layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in self.model.modules())
         if 2 * len(scores) > layers:  # not where weights are standardized, whose layers have no scores
             self._channels = {'criterion': 'output', 'scores': scores, 'global_pruning': True}
