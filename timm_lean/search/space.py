@@ -24,11 +24,11 @@ _MOST_CHANNELS = 0.8
 _MOST_KERNELS = 0.95
 _MOST_BLOCKS = 0.7  # of those that can go
 _ALWAYS = ('params', 'macs', 'file')  # of candidates; structures are measured by what is targeted
-_STEPS = 6  # into an interval of amounts
+_STEPS = 8  # into an interval of amounts
 _EDGE = 0.15  # of the interval that each step takes off at least
 _LEAST = 2. ** -7
 _HARDLY = 0.97  # of a quantity is left by half of a technique: it is of no use
-_AIM, _CLOSE = 0.99, 0.96  # of a limit: calibration may still change a size a little; and near enough
+_AIM, _CLOSE = 0.995, 0.98  # of a limit: calibration may still change a size a little; and near enough
 
 
 class Space:
