@@ -2,6 +2,7 @@
 import importlib.util
 
 import pytest
+import torch
 from mmdet_support import TOOLS
 
 spec = importlib.util.spec_from_file_location('detector_matrix', TOOLS / 'detector_matrix.py')
@@ -18,6 +19,19 @@ def test_every_technique_works_or_says_why_not(name):
     refused = {technique for technique, cell in cells.items() if cell.startswith('refused: ')}
     assert refused == ({'blocks'} if name == 'ssd300' else set()), cells
     assert all(float(cells[technique].removeprefix('works, ')) < 1 for technique in {'share', 'channels'}), cells
+
+
+def test_no_weight_is_what_memory_held(monkeypatch):
+    """SSD's scales have no value until its weights are initialized: to 20, says its paper."""
+    from mmdet.models.necks.ssd_neck import L2Norm
+    made = L2Norm.__init__
+
+    def poisoned(self, *args, **options):
+        made(self, *args, **options)
+        torch.nn.init.constant_(self.weight, float('nan'))
+
+    monkeypatch.setattr(L2Norm, '__init__', poisoned)
+    assert (matrix.new_detector(matrix.DETECTORS['ssd300']).neck.l2_norm.weight == 20).all()
 
 
 def test_the_table_numbers_its_reasons():

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import timm_lean
 from timm_lean import LeanError, compress, load_model, save_model
+from timm_lean.calibration import output_scores
 from timm_lean.search import TargetError, reachable
 from timm_lean.search.curves import Curve, all_mixes, neighbours, predict_factor, predict_loss
 from timm_lean.search.journal import Journal
@@ -16,6 +17,7 @@ from timm_lean.search.judge import Judge, split_images
 from timm_lean.search.plan import Plan
 from timm_lean.search.report import Candidate, CompressReport
 from timm_lean.search.sizes import Sizes, measure_sizes
+from timm_lean.search.space import Space
 from timm_lean.search.subject import Network
 from timm_lean.search.target import parse_targets
 
@@ -303,6 +305,26 @@ def test_sharing_is_used_for_macs_where_it_changes_them(name, of_use, images, mo
         assert outlook.smallest['share']['macs'] < 0.9
     else:
         assert outlook.refused['share'] == 'it hardly changes macs of this network'
+
+
+def test_channels_go_by_all_images(model):
+    """Not by those few that rank blocks."""
+    batches = list(torch.randn(2, 64, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    network = Network(model, batches)
+    Space(network, batches[0], ['channels'], parse_targets('params=0.7'))
+    by_all, by_some = (
+        timm_lean.prune_channels(model, network.x, criterion='output', scores=output_scores(model, None, some),
+                                 global_pruning=True, pruning_ratio=0.3, round_to=1).lean_report.kept
+        for some in (batches, batches[:1]))
+    assert network.apply(timm_lean.prune_channels, model, pruning_ratio=0.3, round_to=1).lean_report.kept == by_all
+    assert by_all != by_some
+
+
+@pytest.mark.parametrize('share', [0.5, 0.6, 0.7, 0.8])
+def test_little_of_what_a_target_allows_is_left_unused(model, images, share):
+    space = Space(Network(model, images), images[0], ['kernels'], parse_targets(f'file={share}'))
+    sizes = space.sizes(space.plan({'kernels': space.reach({'kernels': 1.})}))
+    assert 0.98 * share <= sizes.file / space.original.file <= 0.995 * share
 
 
 def test_fine_tuning_decides_between_the_best(model, images, quick):
